@@ -1,0 +1,132 @@
+"""The nouns every room shares: messages, tools, sampling, completions, and the ChatModel protocol.
+
+No logic and no torch. One rule makes agentic RL exact: an assistant message that a model wrote
+carries its `completion`, and whoever renders the conversation again splices those token ids in
+verbatim. Text is never tokenised twice on the training path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal, Protocol
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call the model wrote. `error` says why its text could not be understood (then no run)."""
+
+    id: str
+    name: str
+    arguments: Mapping[str, Any]
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class ToolSpec:
+    """What a model is told about a tool: `parameters` is a JSON schema object."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. `reasoning` is the text between the thinking tags, without them."""
+
+    role: Role
+    content: str = ""
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None  # on a tool message: the call it answers
+    completion: Completion | None = None  # exact tokens, when a model wrote this message
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample one completion. Temperature 0 is greedy.
+
+    thinking: None = unlimited; "off" = the template's non-thinking prompt; N >= 0 = at most N
+    reasoning tokens, then the closing message and the end-of-thinking tag are forced.
+    answer_reserve: tokens kept back from max_tokens so that a thinker can still answer.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    seed: int = 0
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    thinking: int | Literal["off"] | None = None
+    answer_reserve: int = 16
+
+
+class StopReason(StrEnum):
+    END = "end"  # the model closed its turn
+    TOOL_CALL = "tool_call"  # the model closed a tool call and waits for its result
+    STOP_STRING = "stop_string"
+    LENGTH = "length"  # max_tokens, or the cache is full
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model wrote, exactly. All lists have one entry a token of `tokens`.
+
+    sampled: False where the engine forced the token (closing message, end-of-thinking tag).
+    logprobs: under the distribution sampled from (after temperature and truncation); 0 if forced.
+    raw_logprobs: under the model's own distribution (T=1, nothing truncated); 0 if forced.
+    experts: per MoE layer, (len(tokens), top_k) expert ids that computed the *input* position that
+        predicted each token; None for a dense model.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    sampled: tuple[bool, ...]
+    logprobs: tuple[float, ...]
+    raw_logprobs: tuple[float, ...]
+    stop: StopReason
+    prompt_tokens: tuple[int, ...]
+    reasoning_tokens: int = 0
+    budget_hit: bool = False
+    experts: Any = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """A piece of a completion as it streams. The texts of one kind concatenate to the field."""
+
+    kind: Literal["reasoning", "text", "tool_call", "done"]
+    text: str = ""
+    message: Message | None = None  # on "done"
+
+
+class ChatModel(Protocol):
+    """Anything that answers: the local engine, a remote endpoint, a scripted fake."""
+
+    async def complete(
+        self, messages: Sequence[Message], tools: Sequence[ToolSpec], sampling: Sampling
+    ) -> Message:
+        """The assistant's next message; `message.completion` holds the exact tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class Score:
+    """The RL reward and the eval score are this one value. Not ok is masked and counted, never 0."""
+
+    value: float
+    status: Literal["ok", "unparsed", "timeout", "error"] = "ok"
+    parts: Mapping[str, float] = field(default_factory=dict)
+    detail: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok"

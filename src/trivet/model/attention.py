@@ -1,0 +1,80 @@
+"""Grouped-query attention (arXiv 2305.13245): H query heads share K key/value heads.
+
+    q, k, v = W_q x, W_k x, W_v x        (q, k normed per head if qk_norm, then RoPE on the first dims)
+    y = W_o softmax(q k^T / sqrt(head_dim) + mask) v
+
+K = H is multi-head, K = 1 multi-query attention. `attend` is the one softmax-attention call of the
+package: PyTorch's fused kernel for rows of queries, a folded-head matrix product for one query.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trivet.model.cache import KVCache
+from trivet.model.layers import Layout, Linear, RMSNorm, apply_rope
+from trivet.spec import GQA
+
+
+class Attention(nn.Module):
+    def __init__(self, spec: GQA, d_model: int, norm_eps: float) -> None:
+        super().__init__()
+        self.spec = spec
+        self.q_proj = Linear(d_model, spec.heads * spec.head_dim, bias=spec.qkv_bias)
+        self.k_proj = Linear(d_model, spec.kv_heads * spec.head_dim, bias=spec.qkv_bias)
+        self.v_proj = Linear(d_model, spec.kv_heads * spec.head_dim, bias=spec.qkv_bias)
+        self.o_proj = Linear(spec.heads * spec.head_dim, d_model)
+        self.q_norm = RMSNorm(spec.head_dim, norm_eps) if spec.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(spec.head_dim, norm_eps) if spec.qk_norm else nn.Identity()
+
+    def new_cache(self, rows: int, slots: int, dtype: torch.dtype, device: torch.device) -> KVCache:
+        return KVCache(self.spec, rows, slots, dtype, device)
+
+    def forward(self, x: Tensor, layout: Layout, cache: KVCache | None = None) -> Tensor:
+        """x [B,T,D] -> [B,T,D]. cache=None is the training path."""
+        s = self.spec
+        q = self.q_norm(self.q_proj(x).unflatten(-1, (s.heads, s.head_dim)))  # [B,T,H,hd]
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (s.kv_heads, s.head_dim)))  # [B,T,K,hd]
+        v = self.v_proj(x).unflatten(-1, (s.kv_heads, s.head_dim))
+        q, k = self._rotate(q, layout), self._rotate(k, layout)
+        if cache is None:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)  # [B,K,T,hd]
+        else:
+            assert layout.positions is not None and layout.span is not None
+            k, v = cache.update(k, v, layout.positions, layout.span)  # [B,K,S,hd]
+        y = attend(q.transpose(1, 2), k, v, layout.mask(s.window), s.head_dim**-0.5)  # [B,H,T,hd]
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def _rotate(self, x: Tensor, layout: Layout) -> Tensor:
+        rope = self.spec.rope
+        if rope.dims == 0:
+            return x
+        turned = apply_rope(x[..., : rope.dims], layout.rotation(rope), rope.interleaved)
+        return turned if rope.dims == x.shape[-1] else torch.cat((turned, x[..., rope.dims :]), -1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(q k^T scale) v for q [B,H,T,hd], k [B,K,S,hd], v [B,K,S,vd] -> [B,H,T,vd].
+
+    mask: bool [B,1,T,S], True where a key is seen; None: causal (T = S).
+    """
+    heads, kv_heads, width = q.shape[1], k.shape[1], v.shape[-1]
+    if q.shape[2] == 1 and mask is not None:
+        # One query a row (decode): fold the query heads of a group into rows of one product, so that
+        # keys are read once and never repeated.
+        q = q.reshape(q.shape[0], kv_heads, heads // kv_heads, -1)  # [B,K,H/K,hd]
+        scores = (q @ k.transpose(-1, -2)).float() * scale  # [B,K,H/K,S]
+        scores = scores.masked_fill(~mask, float("-inf"))
+        return (scores.softmax(-1).to(v.dtype) @ v).flatten(1, 2).unsqueeze(2)
+    dtype = q.dtype
+    if dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled():
+        # The CPU kernel's bf16 backward is about 3x slower than its fp32 one; measured in docs/LOG.md.
+        q, k, v = q.float(), k.float(), v.float()
+    if v.shape[-1] < k.shape[-1]:  # fused kernels want equal widths (MLA's values are narrower)
+        v = F.pad(v, (0, k.shape[-1] - v.shape[-1]))
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=heads != kv_heads
+    )
+    return y[..., :width].to(dtype)

@@ -1,0 +1,103 @@
+"""What one layer remembers of each sequence, by kind of mixer.
+
+    KVCache      keys and values          2 x kv_heads x head_dim numbers a token
+    LatentCache  MLA's latent + RoPE key  kv_rank + rope dims numbers a token
+    StateCache   a recurrent state        heads x head_dim^2 numbers a sequence, fp32
+
+A token at position p of row b lives in slot p of row b. There is no length counter: the engine owns
+positions, a layer only writes where it is told. Position -1 means "nothing here": it indexes the
+last slot, one spare slot that is never read, so padding needs no branch and no host sync.
+
+Left out: paging, eviction, quantisation (they belong behind this same interface).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from trivet.spec import GQA, MLA, Lightning
+
+
+class LayerCache(Protocol):
+    """`rows` sequences, each remembered on its own."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The storage, rows first."""
+        ...
+
+    def copy_rows(self, src: Tensor, dst: Tensor, source: LayerCache | None = None) -> None:
+        """Row dst[i] becomes a copy of row src[i] (of `source`, or of this cache): a fork."""
+        ...
+
+    def keep_rows(self, index: Tensor) -> None:
+        """Keep only these rows, in this order, and give the memory of the others back."""
+        ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class _Rows:
+    """Row handling for any storage of shape [rows, ...]."""
+
+    tensors: tuple[Tensor, ...]
+
+    def copy_rows(self, src: Tensor, dst: Tensor, source: LayerCache | None = None) -> None:
+        origin = self.tensors if source is None else source.tensors
+        for mine, theirs in zip(self.tensors, origin, strict=True):
+            mine[dst] = theirs[src]
+
+    def keep_rows(self, index: Tensor) -> None:
+        self.tensors = tuple(t[index] for t in self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+
+class KVCache(_Rows):
+    """Keys and values, each [rows, K, slots+1, head_dim]: a head's slots lie together for decode."""
+
+    def __init__(self, spec: GQA, rows: int, slots: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (rows, spec.kv_heads, slots + 1, spec.head_dim)
+        self.tensors = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+
+    def update(self, k: Tensor, v: Tensor, positions: Tensor, span: int) -> tuple[Tensor, Tensor]:
+        """Write k, v [B,T,K,hd] at positions [B,T]; return what may be read, [B,K,span,hd] each."""
+        rows = torch.arange(len(positions), device=positions.device).unsqueeze(-1)
+        keys, values = self.tensors
+        keys[rows, :, positions] = k.to(keys.dtype)
+        values[rows, :, positions] = v.to(values.dtype)
+        return keys[: len(positions), :, :span], values[: len(positions), :, :span]
+
+
+class LatentCache(_Rows):
+    """MLA's normed latent and rotated shared key, side by side: [rows, slots+1, C + rope dims]."""
+
+    def __init__(self, spec: MLA, rows: int, slots: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.tensors = (torch.zeros(rows, slots + 1, spec.cache_per_token(), dtype=dtype, device=device),)
+
+    def update(self, latent: Tensor, positions: Tensor, span: int) -> Tensor:
+        """Write latent [B,T,C+R] at positions [B,T]; return what may be read, [B,span,C+R]."""
+        rows = torch.arange(len(positions), device=positions.device).unsqueeze(-1)
+        (store,) = self.tensors
+        store[rows, positions] = latent.to(store.dtype)
+        return store[: len(positions), :span]
+
+
+class StateCache(_Rows):
+    """A linear-attention state per head, [rows, H, head_dim, head_dim], always fp32."""
+
+    def __init__(self, spec: Lightning, rows: int, slots: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (rows, spec.heads, spec.head_dim, spec.head_dim)
+        self.tensors = (torch.zeros(shape, dtype=torch.float32, device=device),)
+
+    def read(self, batch: int) -> Tensor:
+        return self.tensors[0][:batch]
+
+    def write(self, state: Tensor) -> None:
+        self.tensors[0][: len(state)] = state

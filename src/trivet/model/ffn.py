@@ -1,0 +1,164 @@
+"""Feed-forward layers: SwiGLU, and DeepSeekMoE with its router.
+
+MoE (arXiv 2401.06066; DeepSeek-V3, 2412.19437, eq. 12-20), for each token x:
+
+    s = sigmoid(W_g x) or softmax(W_g x)          affinities, in fp32
+    chosen = top-k of (s + b), inside the best groups        b balances the load, for selection only
+    g_i = s_i / sum(chosen s) x scale
+    y = shared(x) + sum over chosen of g_i expert_i(x)
+
+    b_i <- b_i + gamma sign(mean load - load_i)   after each optimizer step (auxiliary-loss-free)
+    L_bal = alpha sum_i f_i P_i                   per sequence; optional
+
+Every token reaches its experts. Two forms of the expert sum stand behind one signature: `sorted_`
+groups tokens by expert and runs one grouped matrix product per weight (work proportional to top_k);
+`fused` runs all experts as one dense product and multiplies by the mostly zero gates (work
+proportional to all experts, but two large products: faster while the model is tiny). `pick_form`
+states the rule; benchmarks/moe_forms.py measured it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trivet.model.layers import Layout
+from trivet.spec import MoE, SwiGLU
+
+
+@dataclass
+class Routing:
+    """What the routers chose in one forward pass; with `replay`, what they must choose.
+
+    experts: one [B,T,k] tensor of expert ids a MoE layer, in depth order.
+    loads: one [E] count of tokens a MoE layer, padding not counted.
+    balance: sum of the sequence-wise balance losses (already times alpha), with gradient.
+    """
+
+    replay: list[Tensor] | None = None
+    experts: list[Tensor] = field(default_factory=list)
+    loads: list[Tensor] = field(default_factory=list)
+    balance: Tensor | float = 0.0
+
+
+class DenseFFN(nn.Module):
+    """down(silu(gate x) * up x); gate and up lie in one weight [2,F,D] so they are one product."""
+
+    def __init__(self, hidden: int, d_model: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(2, hidden, d_model))
+        self.down = nn.Parameter(torch.empty(d_model, hidden))
+
+    @classmethod
+    def from_spec(cls, spec: SwiGLU, d_model: int) -> DenseFFN:
+        return cls(spec.hidden, d_model)
+
+    def forward(self, x: Tensor, layout: Layout | None = None, routing: Routing | None = None) -> Tensor:
+        gate, up = F.linear(x, self.gate_up.flatten(0, 1)).chunk(2, -1)
+        return F.linear(F.silu(gate) * up, self.down)
+
+
+class MoEFFN(nn.Module):
+    bias: Tensor
+
+    def __init__(self, spec: MoE, d_model: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.router = nn.Parameter(torch.empty(spec.experts, d_model))
+        if spec.selection_bias:
+            self.register_buffer("bias", torch.zeros(spec.experts))
+        self.gate_up = nn.Parameter(torch.empty(spec.experts, 2, spec.hidden, d_model))
+        self.down = nn.Parameter(torch.empty(spec.experts, spec.hidden, d_model))  # input-major: [E,F,D]
+        self.shared = DenseFFN(spec.shared_hidden, d_model) if spec.shared_hidden else None
+
+    @classmethod
+    def from_spec(cls, spec: MoE, d_model: int) -> MoEFFN:
+        return cls(spec, d_model)
+
+    def forward(self, x: Tensor, layout: Layout | None = None, routing: Routing | None = None) -> Tensor:
+        """x [B,T,D] -> [B,T,D]."""
+        flat = x.flatten(0, 1)  # [N,D]
+        scores = self._scores(flat)  # [N,E]
+        if routing is not None and routing.replay is not None:
+            chosen = routing.replay[len(routing.experts)].flatten(0, 1)  # [N,k]
+        else:
+            chosen = self._choose(scores.detach())
+        gates = scores.gather(1, chosen)  # [N,k]
+        if self.spec.norm_topk:
+            gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
+        gates = (gates * self.spec.scale).to(x.dtype)
+        if routing is not None:
+            self._record(routing, scores, chosen, x.shape, layout)
+        form = pick_form(self.spec, len(flat), x.device.type)
+        y = form(flat, chosen, gates, self.gate_up, self.down)
+        if self.shared is not None:
+            y = y + self.shared(flat)
+        return y.view_as(x)
+
+    def _scores(self, x: Tensor) -> Tensor:
+        logits = F.linear(x.float(), self.router.float())
+        return logits.sigmoid() if self.spec.score == "sigmoid" else logits.softmax(-1)
+
+    def _choose(self, scores: Tensor) -> Tensor:
+        """[N,E] affinities -> [N,k] expert ids: bias, then group limit, then top-k."""
+        s = self.spec
+        ranked = scores + self.bias if s.selection_bias else scores
+        if s.groups > 1:
+            grouped = ranked.unflatten(-1, (s.groups, -1))  # [N,groups,E/groups]
+            best = grouped.amax(-1) if s.group_score == "max" else grouped.topk(2, -1).values.sum(-1)
+            kept = torch.zeros_like(best, dtype=torch.bool).scatter_(1, best.topk(s.top_groups, -1).indices, True)
+            ranked = grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(1)
+        return ranked.topk(s.top_k, -1).indices
+
+    def _record(self, routing: Routing, scores: Tensor, chosen: Tensor, shape: torch.Size, layout: Layout | None) -> None:
+        s, (batch, length) = self.spec, shape[:2]
+        real = scores.new_ones(batch, length)
+        if layout is not None and layout.positions is not None:
+            real = (layout.positions >= 0).to(scores.dtype).expand(batch, length)
+        hits = torch.zeros_like(scores).scatter_(1, chosen, 1.0).view(batch, length, -1) * real.unsqueeze(-1)
+        routing.experts.append(chosen.view(batch, length, -1))
+        routing.loads.append(hits.sum((0, 1)))
+        if s.balance > 0:
+            count = real.sum(-1, keepdim=True).clamp_min(1)  # [B,1] tokens of each sequence
+            share = scores / scores.sum(-1, keepdim=True)
+            f = hits.sum(1) * s.experts / (s.top_k * count)  # [B,E]
+            p = (share.view(batch, length, -1) * real.unsqueeze(-1)).sum(1) / count
+            routing.balance = routing.balance + s.balance * (f * p).sum(-1).mean()
+
+    def update_bias(self, load: Tensor) -> None:
+        """The auxiliary-loss-free rule: raise the bias of under-loaded experts, lower the others."""
+        if self.spec.selection_bias:
+            self.bias += self.spec.bias_rate * (load.mean() - load).sign()
+
+
+# ------------------------------------------------------------------------- the sum over chosen experts
+def pick_form(spec: MoE, tokens: int, device: str):  # type: ignore[no-untyped-def]
+    """`fused` while all experts together are small next to the cost of sorting, else `sorted_`."""
+    return fused if spec.experts * spec.hidden <= FUSED_WIDTH and device == "cpu" else sorted_
+
+
+FUSED_WIDTH = 1024  # all experts' widths together; see benchmarks/moe_forms.py
+
+
+def fused(x: Tensor, chosen: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """All experts for all tokens, weighted by gates that are mostly zero. x [N,D] -> [N,D]"""
+    experts, _, hidden, _ = gate_up.shape
+    weights = torch.zeros(len(x), experts, dtype=x.dtype, device=x.device).scatter(1, chosen, gates)  # [N,E]
+    h = F.linear(x, gate_up.flatten(0, 2)).unflatten(-1, (experts, 2, hidden))  # [N,E,2,F]
+    h = F.silu(h[:, :, 0]) * h[:, :, 1] * weights.unsqueeze(-1)  # [N,E,F]
+    return h.flatten(1) @ down.flatten(0, 1)
+
+
+def sorted_(x: Tensor, chosen: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Sort (token, expert) pairs by expert and run grouped matrix products. x [N,D] -> [N,D]"""
+    experts, top_k = len(gate_up), chosen.shape[1]
+    order = chosen.flatten().argsort(stable=True)  # [N*k] pairs, expert by expert
+    ends = torch.bincount(chosen.flatten(), minlength=experts).cumsum(0).to(torch.int32)
+    rows = x[order // top_k]  # [N*k,D]
+    gate, up = F.grouped_mm(rows, gate_up.flatten(1, 2).transpose(-1, -2), offs=ends).chunk(2, -1)  # [N*k,F]
+    out = F.grouped_mm(F.silu(gate) * up, down, offs=ends)  # [N*k,D]
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
+    return (out[back].unflatten(0, (-1, top_k)) * gates.unsqueeze(-1)).sum(1)

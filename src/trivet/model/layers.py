@@ -1,0 +1,154 @@
+"""The small parts all layers share: RMSNorm, rotary positions with YaRN, and who may see whom.
+
+RoPE (arXiv 2104.09864) rotates pairs of a head's first `dims` numbers by position x theta^(-2i/dims);
+YaRN (arXiv 2309.00071) slows the low frequencies down so that a model reaches past its length.
+
+A `Layout` is computed once per forward pass and handed to every layer: positions, rotations and
+attention masks. One convention carries everything: a position of 0 starts a new document, -1 is
+padding. So packed rows, padded rows and cached rows are the same code.
+
+Shapes, here and everywhere: B batch, T time, D model, H query heads, K key/value heads, C latent,
+E experts, F ffn, V vocabulary, P problems, G group, S cache slots, N tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trivet.spec import Rope, Yarn
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Linear(nn.Linear):
+    """nn.Linear without a bias unless asked; initialised by the Transformer, not here."""
+
+    def __init__(self, d_in: int, d_out: int, bias: bool = False) -> None:
+        super().__init__(d_in, d_out, bias=bias)
+
+    def reset_parameters(self) -> None:
+        """Nothing: the Transformer initialises every weight in one function."""
+
+
+# ---------------------------------------------------------------------------------------- positions
+def inverse_frequencies(rope: Rope, device: torch.device | None = None) -> Tensor:
+    """[dims/2] angles per position, YaRN's interpolation included (arXiv 2309.00071, eq. 20-23)."""
+    exponent = torch.arange(0, rope.dims, 2, dtype=torch.float32, device=device) / rope.dims
+    freq = rope.theta**-exponent
+    if rope.yarn is None:
+        return freq
+    yarn = rope.yarn
+
+    def turns_at(turns: float) -> float:  # the pair index that makes `turns` rotations in the original length
+        return rope.dims * math.log(yarn.original_length / (2 * math.pi * turns)) / (2 * math.log(rope.theta))
+
+    low = max(math.floor(turns_at(yarn.beta_fast)), 0)
+    high = min(math.ceil(turns_at(yarn.beta_slow)), rope.dims - 1)
+    index = torch.arange(rope.dims // 2, dtype=torch.float32, device=device)
+    ramp = ((index - low) / max(high - low, 0.001)).clamp(0, 1)  # 0: fast pairs stay, 1: slow ones stretch
+    return freq / yarn.factor * ramp + freq * (1 - ramp)
+
+
+def yarn_temperature(yarn: Yarn, mscale: float) -> float:
+    return 0.1 * mscale * math.log(yarn.factor) + 1.0
+
+
+def rotation_amplitude(rope: Rope) -> float:
+    """The factor on cos and sin: m(mscale) / m(mscale_all_dim), 1 without YaRN."""
+    if rope.yarn is None:
+        return 1.0
+    return yarn_temperature(rope.yarn, rope.yarn.mscale) / yarn_temperature(rope.yarn, rope.yarn.mscale_all_dim)
+
+
+def apply_rope(x: Tensor, rotation: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
+    """Rotate x [B,T,heads,dims] by (cos, sin), each [B,T,dims/2]."""
+    cos, sin = (part.unsqueeze(2).to(x.dtype) for part in rotation)  # [B,T,1,dims/2]
+    if interleaved:
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # [B,T,heads,dims/2] each
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+# ------------------------------------------------------------------------------------------- layout
+@dataclass
+class Layout:
+    """Where every token of a call stands, shared by all layers.
+
+    positions: [B,T]; 0 starts a document, -1 is padding. None means plain rows 0..T-1 and lets
+        attention use its fastest causal path.
+    span: with caches, how many slots may be read (largest position + 1). None: the training path.
+    """
+
+    positions: Tensor | None
+    batch: int
+    length: int
+    device: torch.device
+    span: int | None = None
+    _rotations: dict[Rope, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+    _documents: Tensor | None = None
+
+    @property
+    def cached(self) -> bool:
+        return self.span is not None
+
+    def rotation(self, rope: Rope) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each [B or 1, T, dims/2], in fp32."""
+        if rope not in self._rotations:
+            at = self.positions if self.positions is not None else self._counting()
+            angles = at.unsqueeze(-1).float() * inverse_frequencies(rope, self.device)
+            amplitude = rotation_amplitude(rope)
+            self._rotations[rope] = (angles.cos() * amplitude, angles.sin() * amplitude)
+        return self._rotations[rope]
+
+    def mask(self, window: int | None = None) -> Tensor | None:
+        """Who sees whom, bool [B,1,T,T] (training) or [B,1,T,S] (cached). None: plain causal."""
+        if window not in self._masks:
+            self._masks[window] = self._build_mask(window)
+        return self._masks[window]
+
+    def documents(self) -> Tensor:
+        """[B,T] document number of each token of the row (a position 0 opens the next one)."""
+        if self._documents is None:
+            at = self.positions if self.positions is not None else self._counting()
+            self._documents = (at == 0).cumsum(-1).expand(self.batch, -1)
+        return self._documents
+
+    def _counting(self) -> Tensor:
+        return torch.arange(self.length, device=self.device).unsqueeze(0)
+
+    def _build_mask(self, window: int | None) -> Tensor | None:
+        if self.span is not None:
+            assert self.positions is not None
+            slot = torch.arange(self.span, device=self.device)
+            at = self.positions.unsqueeze(-1)  # [B,T,1]; a padding query (-1) sees slot 0, result unused
+            seen = slot <= at.clamp_min(0)
+            if window is not None:
+                seen = seen & (slot > at.clamp_min(0) - window)
+            return seen.unsqueeze(1)
+        if self.positions is None and window is None:
+            return None
+        index = torch.arange(self.length, device=self.device)
+        seen = index.unsqueeze(-1) >= index  # [T,T]
+        if window is not None:
+            seen = seen & (index.unsqueeze(-1) - index < window)
+        if self.positions is None:
+            return seen.expand(1, 1, -1, -1)
+        doc = self.documents()
+        return (seen & (doc.unsqueeze(-1) == doc.unsqueeze(-2))).unsqueeze(1)

@@ -1,0 +1,87 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, eq. 9-19), both forms side by side.
+
+    c   = norm(W_dkv h)                   the latent, cached           [C = kv_rank]
+    k_r = RoPE(W_kr h)                    one key shared by all heads, cached
+    [k_c ; v]_i = W_ukv,i c               per head, never cached
+    q_i = [q_c ; RoPE(q_r)]_i = W_uq,i norm(W_dq h)        (or W_q,i h without query compression)
+    o_i = softmax((q_c . k_c + q_r . k_r) / sqrt(nope + rope) x m^2) v_i,    y = W_o [o_1 .. o_H]
+
+Expanded (training, prefill): build k_c and v and attend as usual.
+Absorbed (decode): q_c . (W_uk c) = (W_uk^T q_c) . c, so a step is multi-query attention over the
+cached latent itself, and W_uv is applied to the C-wide result. The keys and values of the context
+are never formed. m is YaRN's temperature and 1 without it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from trivet.model.attention import attend
+from trivet.model.cache import LatentCache
+from trivet.model.layers import Layout, Linear, RMSNorm, apply_rope, yarn_temperature
+from trivet.spec import MLA
+
+
+class LatentAttention(nn.Module):
+    def __init__(self, spec: MLA, d_model: int, norm_eps: float) -> None:
+        super().__init__()
+        self.spec = spec
+        q_width = spec.heads * spec.qk_dim
+        if spec.q_rank is None:
+            self.q_proj = nn.Sequential(Linear(d_model, q_width))
+        else:
+            self.q_proj = nn.Sequential(
+                Linear(d_model, spec.q_rank), RMSNorm(spec.q_rank, norm_eps), Linear(spec.q_rank, q_width)
+            )
+        self.kv_down = Linear(d_model, spec.kv_rank + spec.rope.dims)
+        self.kv_norm = RMSNorm(spec.kv_rank, norm_eps)
+        self.kv_up = Linear(spec.kv_rank, spec.heads * (spec.nope_dim + spec.v_dim))
+        self.o_proj = Linear(spec.heads * spec.v_dim, d_model)
+        yarn = spec.rope.yarn
+        temperature = yarn_temperature(yarn, yarn.mscale_all_dim) if yarn else 1.0
+        self.scale = spec.qk_dim**-0.5 * temperature**2
+
+    def new_cache(self, rows: int, slots: int, dtype: torch.dtype, device: torch.device) -> LatentCache:
+        return LatentCache(self.spec, rows, slots, dtype, device)
+
+    def forward(self, x: Tensor, layout: Layout, cache: LatentCache | None = None) -> Tensor:
+        """x [B,T,D] -> [B,T,D]; one query a row with a cache is absorbed, all else expanded."""
+        s = self.spec
+        rotation = layout.rotation(s.rope)
+        q = self.q_proj(x).unflatten(-1, (s.heads, s.qk_dim))  # [B,T,H,nope+rope]
+        q_nope, q_rope = q.split((s.nope_dim, s.rope.dims), -1)
+        q_rope = apply_rope(q_rope, rotation, s.rope.interleaved)
+        latent, k_rope = self.kv_down(x).split((s.kv_rank, s.rope.dims), -1)
+        k_rope = apply_rope(k_rope.unsqueeze(2), rotation, s.rope.interleaved).squeeze(2)
+        memory = torch.cat((self.kv_norm(latent), k_rope), -1)  # [B,T,C+rope]
+        if cache is not None:
+            assert layout.positions is not None and layout.span is not None
+            memory = cache.update(memory, layout.positions, layout.span)  # [B,S,C+rope]
+        form = self.absorbed if cache is not None and x.shape[1] == 1 else self.expanded
+        y = form(q_nope, q_rope, memory, layout.mask())  # [B,T,H,v]
+        return self.o_proj(y.flatten(2))
+
+    def expanded(self, q_nope: Tensor, q_rope: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
+        """Form every head's keys and values from the latents, then attend. -> [B,T,H,v]"""
+        s = self.spec
+        latent, k_rope = memory.split((s.kv_rank, s.rope.dims), -1)
+        kv = self.kv_up(latent).unflatten(-1, (s.heads, s.nope_dim + s.v_dim))  # [B,S,H,nope+v]
+        k_nope, v = kv.split((s.nope_dim, s.v_dim), -1)
+        k = torch.cat((k_nope, k_rope.unsqueeze(2).expand(-1, -1, s.heads, -1)), -1)
+        q = torch.cat((q_nope, q_rope), -1)
+        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, self.scale)
+        return y.transpose(1, 2)
+
+    def absorbed(self, q_nope: Tensor, q_rope: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend over the latents themselves: one (C+rope)-wide key, one C-wide value. -> [B,T,H,v]"""
+        s = self.spec
+        up = self.kv_up.weight.view(s.heads, s.nope_dim + s.v_dim, s.kv_rank)  # [H,nope+v,C]
+        w_uk, w_uv = up.split((s.nope_dim, s.v_dim), 1)
+        batch, length = q_nope.shape[:2]
+        # Both per-head products run as H large matrix products over all B*T queries.
+        q_c = (q_nope.flatten(0, 1).transpose(0, 1) @ w_uk).transpose(0, 1)  # [B*T,H,C]
+        q = torch.cat((q_c.unflatten(0, (batch, length)), q_rope), -1)  # [B,T,H,C+rope]
+        y = attend(q.transpose(1, 2), memory.unsqueeze(1), memory[..., : s.kv_rank].unsqueeze(1), mask, self.scale)
+        y = y.transpose(1, 2).flatten(0, 1).transpose(0, 1)  # [H,B*T,C]
+        return (y @ w_uv.transpose(-1, -2)).transpose(0, 1).unflatten(0, (batch, length))
