@@ -13,13 +13,15 @@ MoE (arXiv 2401.06066; DeepSeek-V3, 2412.19437, eq. 12-20), for each token x:
 Every token reaches its experts. Two forms of the expert sum stand behind one signature: `sorted_`
 groups tokens by expert and runs one grouped matrix product per weight (work proportional to top_k);
 `fused` runs all experts as one dense product and multiplies by the mostly zero gates (work
-proportional to all experts, but two large products: faster while the model is tiny). `pick_form`
-states the rule; benchmarks/moe_forms.py measured it.
+proportional to all experts, but two large products: faster for a handful of tokens). `pick_form` states the rule;
+benchmarks/moe_forms.py measured it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +94,7 @@ class MoEFFN(nn.Module):
         gates = (gates * self.spec.scale).to(x.dtype)
         if routing is not None:
             self._record(routing, scores, chosen, x.shape, layout)
-        form = pick_form(self.spec, len(flat), x.device.type)
+        form = pick_form(self.spec, len(flat))
         y = form(flat, chosen, gates, self.gate_up, self.down)
         if self.shared is not None:
             y = y + self.shared(flat)
@@ -135,12 +137,13 @@ class MoEFFN(nn.Module):
 
 
 # ------------------------------------------------------------------------- the sum over chosen experts
-def pick_form(spec: MoE, tokens: int, device: str):  # type: ignore[no-untyped-def]
-    """`fused` while all experts together are small next to the cost of sorting, else `sorted_`."""
-    return fused if spec.experts * spec.hidden <= FUSED_WIDTH and device == "cpu" else sorted_
+Form = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+FUSED_WORK = 2**15  # tokens x experts x width below which sorting costs more than it saves
 
 
-FUSED_WIDTH = 1024  # all experts' widths together; see benchmarks/moe_forms.py
+def pick_form(spec: MoE, tokens: int) -> Form:
+    """`fused` for a handful of tokens (decode of a tiny model), else `sorted_`."""
+    return fused if tokens * spec.experts * spec.hidden <= FUSED_WORK else sorted_
 
 
 def fused(x: Tensor, chosen: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -156,9 +159,39 @@ def sorted_(x: Tensor, chosen: Tensor, gates: Tensor, gate_up: Tensor, down: Ten
     """Sort (token, expert) pairs by expert and run grouped matrix products. x [N,D] -> [N,D]"""
     experts, top_k = len(gate_up), chosen.shape[1]
     order = chosen.flatten().argsort(stable=True)  # [N*k] pairs, expert by expert
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
     ends = torch.bincount(chosen.flatten(), minlength=experts).cumsum(0).to(torch.int32)
-    rows = x[order // top_k]  # [N*k,D]
+    rows = cast(Tensor, _Spread.apply(x, order, back, top_k))  # [N*k,D]
     gate, up = F.grouped_mm(rows, gate_up.flatten(1, 2).transpose(-1, -2), offs=ends).chunk(2, -1)  # [N*k,F]
     out = F.grouped_mm(F.silu(gate) * up, down, offs=ends)  # [N*k,D]
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-    return (out[back].unflatten(0, (-1, top_k)) * gates.unsqueeze(-1)).sum(1)
+    out = cast(Tensor, _Reorder.apply(out, back, order))  # token by token again
+    return (out.unflatten(0, (-1, top_k)) * gates.unsqueeze(-1)).sum(1)
+
+
+class _Reorder(torch.autograd.Function):
+    """x[index] for a permutation: its gradient is a gather too, where autograd would scatter-add."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (inverse,) = ctx.saved_tensors
+        return grads[0].index_select(0, inverse), None, None
+
+
+class _Spread(torch.autograd.Function):
+    """Every row k times, in expert order: x[order // k]. The gradient sums a token's k copies."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(back)
+        ctx.top_k = top_k
+        return x.index_select(0, order // top_k)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (back,) = ctx.saved_tensors
+        return grads[0].index_select(0, back).unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
