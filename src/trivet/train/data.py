@@ -1,0 +1,213 @@
+"""What a model is trained on: endless documents, packed into rows of one length.
+
+A document is a pure function of its index, so the place in the data is one integer: resuming is
+exact and mixtures need no bookkeeping. Packing is first fit: consecutive documents go into the
+first row with room, and the first that fits nowhere opens the next batch, so nothing is reordered
+by length. Documents in a row are told apart by positions that restart at 0. The last token of a
+document is only ever a target, so it takes no place in the row.
+
+Left out: shuffling a finite set without replacement (draw by index instead), and sharding over
+machines (give each its own seed).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from trivet.config import UserError
+
+if TYPE_CHECKING:
+    from trivet.chat import Chat
+    from trivet.tasks import Task
+
+IGNORE = -100  # a target without loss
+PADDING = -1  # the position of a slot without a token
+
+
+@dataclass(frozen=True)
+class Document:
+    """Token ids, and for each whether the model should learn to write it."""
+
+    ids: list[int]
+    mask: list[bool]
+
+
+class Documents(Protocol):
+    """Endless and pure: the same index always gives the same document."""
+
+    def __getitem__(self, index: int) -> Document: ...
+
+
+def stable_hash(*numbers: int) -> int:
+    """64 bits that are the same in every process and Python version."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")
+
+
+# ------------------------------------------------------------------------------------------ sources
+class Mixture:
+    """Document `index` comes from a source drawn by weight, from its place `index`."""
+
+    def __init__(self, sources: Sequence[Documents], weights: Sequence[float], seed: int = 0):
+        if len(sources) != len(weights) or not sources:
+            raise UserError(f"A mixture needs one weight a source: {len(sources)} sources, {len(weights)} weights.")
+        if min(weights) < 0 or sum(weights) <= 0:
+            raise UserError(f"The weights of a mixture must be >= 0 and not all 0, got {list(weights)}.")
+        total = sum(weights)
+        self.sources, self.seed = sources, seed
+        self.bounds = [sum(weights[: i + 1]) / total for i in range(len(weights))]
+        self.last = max(i for i, weight in enumerate(weights) if weight > 0)
+
+    def pick(self, index: int) -> int:
+        point = stable_hash(self.seed, index) / 2**64
+        return next((i for i, bound in enumerate(self.bounds) if point < bound), self.last)
+
+    def __getitem__(self, index: int) -> Document:
+        return self.sources[self.pick(index)][index]
+
+
+class TaskDocuments:
+    """Worked examples of a task, rendered as the conversation that the model will see."""
+
+    def __init__(self, task: Task, chat: Chat, seed: int = 0):
+        self.task, self.chat, self.seed = task, chat, seed
+
+    def __getitem__(self, index: int) -> Document:
+        rng = random.Random(stable_hash(self.seed, index))
+        demo = self.task.demonstrate(self.task.problem("train", index), rng)
+        raise NotImplementedError(demo)
+
+
+class TextDocuments:
+    """Random windows of a stream of tokens, as nanoGPT: `length` inputs and their next tokens."""
+
+    def __init__(self, tokens: Tensor | Sequence[int], length: int, seed: int = 0):
+        self.tokens = torch.as_tensor(tokens)
+        self.length, self.seed = length, seed
+        self.mask = [True] * (length + 1)
+        if len(self.tokens) <= length:
+            raise UserError(f"The text has {len(self.tokens)} tokens, too few for windows of {length} + 1.")
+
+    def __getitem__(self, index: int) -> Document:
+        start = stable_hash(self.seed, index) % (len(self.tokens) - self.length)
+        return Document(self.tokens[start : start + self.length + 1].tolist(), self.mask)
+
+
+# ------------------------------------------------------------------------------------------ packing
+@dataclass(frozen=True)
+class Batch:
+    """Rows of packed documents. All [B, T] int64."""
+
+    tokens: Tensor
+    positions: Tensor  # restart at 0 with each document; PADDING where there is no token
+    targets: Tensor  # the next token of the same document; IGNORE where there is no loss
+    count: int  # targets with loss
+    filled: int  # slots with a token
+    context: int  # tokens seen by all tokens together, for the count of FLOPs
+    state: int  # index of the first document after this batch
+
+    def to(self, device: torch.device | str) -> Batch:
+        return replace(
+            self,
+            tokens=self.tokens.to(device, non_blocking=True),
+            positions=self.positions.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
+        )
+
+    def targets_ahead(self, k: int) -> Tensor:
+        """Targets of a module that looks `k` tokens further: [B, T], IGNORE past the document's end."""
+        ahead = torch.full_like(self.targets, IGNORE)
+        if k < self.targets.shape[1]:
+            same = self.positions[:, k:] == self.positions[:, :-k] + k
+            same &= self.positions[:, :-k] != PADDING
+            ahead[:, :-k] = torch.where(same, self.targets[:, k:], IGNORE)
+        return ahead
+
+
+class PackedBatches:
+    """Endless batches of `rows` x `length`. `state` is the index of the next document."""
+
+    def __init__(
+        self,
+        documents: Documents,
+        rows: int,
+        length: int,
+        start: int = 0,
+        overflow: Literal["error", "cut"] = "error",
+    ):
+        self.documents, self.rows, self.length, self.overflow = documents, rows, length, overflow
+        self.state = start
+        self.cut = 0  # documents that lost their end
+        self._waiting: tuple[int, Document] | None = None  # made, but it did not fit any more
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        rows: list[list[Document]] = [[] for _ in range(self.rows)]
+        free = [self.length] * self.rows
+        index = self.state
+        while any(free):
+            document = self._document(index)
+            need = len(document.ids) - 1
+            row = next((r for r, room in enumerate(free) if room >= need), None)
+            if row is None:
+                break
+            rows[row].append(document)
+            free[row] -= need
+            index += 1
+        self.state = index
+        return _batch(rows, self.length, index)
+
+    def _document(self, index: int) -> Document:
+        if self._waiting is not None and self._waiting[0] == index:
+            return self._waiting[1]
+        document = self.documents[index]
+        if len(document.ids) != len(document.mask):
+            raise ValueError(f"document {index}: {len(document.ids)} ids, {len(document.mask)} mask entries")
+        if not any(document.mask[1:]):
+            raise UserError(f"Document {index} has no token to learn from ({len(document.ids)} tokens).")
+        most = self.length + 1
+        if len(document.ids) > most:
+            if self.overflow == "error":
+                raise UserError(
+                    f"Document {index} has {len(document.ids)} tokens, more than a row takes "
+                    f"({most}): raise the length, or set overflow to 'cut'."
+                )
+            self.cut += 1
+            document = Document(document.ids[:most], document.mask[:most])
+        self._waiting = (index, document)
+        return document
+
+
+def _batch(rows: list[list[Document]], length: int, state: int) -> Batch:
+    tokens, positions, targets = [], [], []
+    count = filled = context = 0
+    for documents in rows:
+        ids: list[int] = []
+        places: list[int] = []
+        wanted: list[int] = []
+        for document in documents:
+            n = len(document.ids) - 1
+            ids += document.ids[:-1]
+            places += range(n)
+            wanted += [
+                token if learn else IGNORE
+                for token, learn in zip(document.ids[1:], document.mask[1:], strict=True)
+            ]
+            count += sum(document.mask[1:])
+            context += n * (n + 1) // 2
+        filled += len(ids)
+        rest = length - len(ids)
+        tokens.append(ids + [0] * rest)
+        positions.append(places + [PADDING] * rest)
+        targets.append(wanted + [IGNORE] * rest)
+    return Batch(
+        torch.tensor(tokens), torch.tensor(positions), torch.tensor(targets), count, filled, context, state
+    )

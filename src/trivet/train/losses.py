@@ -1,0 +1,124 @@
+"""Next-token losses whose logits never exist all at once.
+
+With a vocabulary of 152k the logits [N, V] and their gradient are the largest tensors of a training
+step by far. Both functions here walk over the tokens in chunks that hold about `CHUNK` numbers:
+
+    loss      sum over tokens of  logsumexp(z) - z[y],   z = W h
+    gradient  dz = softmax(z) - onehot(y),   dh = dz W,   dW = dz^T h
+
+`head_loss` makes the gradient while it has the logits (as Liger-Kernel, arXiv 2410.10989), because
+its loss is one number. `token_logprobs` gives a value a token, so its backward makes the logits a
+second time; with p = softmax(z/T) and entropy H = -sum p log p it is
+
+    d log p[y] / dz = (onehot(y) - p) / T,     dH / dz = -p (log p + H) / T.
+
+A small vocabulary is one chunk and costs nothing extra. Softmax is in fp32. Left out: z-loss, label
+smoothing, second derivatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from trivet.train.data import IGNORE
+
+CHUNK = 2**23  # numbers in one chunk of logits: 32 MB in fp32
+
+
+def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None) -> tuple[Tensor, int]:
+    """Sum of the cross entropies of the tokens that have a target, and how many they are.
+
+    hidden [N, D], weight [V, D], targets [N]; rows with target -100 never reach the matmul.
+    """
+    keep = (targets != IGNORE).nonzero().squeeze(1)
+    if len(keep) < len(targets):
+        hidden, targets = hidden[keep], targets[keep]
+    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _HeadLoss.apply(hidden, weight, targets, chunk, wanted), len(targets)
+
+
+def token_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """log p(target) and the entropy of each token's distribution at `temperature`: [N], [N] in fp32."""
+    if temperature <= 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}")
+    return _TokenLogprobs.apply(hidden, weight, targets, temperature, chunk)
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None, wanted: bool
+    ) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        if wanted:
+            d_hidden = torch.empty_like(hidden)
+            d_weight = torch.zeros_like(weight, dtype=torch.float32)  # bf16 would lose small chunks
+        for part in _chunks(len(targets), len(weight), chunk):
+            h, y = hidden[part], targets[part, None]  # [n, D], [n, 1]
+            logits = (h @ weight.T).float()  # [n, V]
+            logits -= logits.logsumexp(-1, keepdim=True)
+            total -= logits.gather(-1, y).sum()
+            if wanted:
+                dz = logits.exp_()  # p
+                dz.scatter_add_(-1, y, dz.new_full((1, 1), -1.0).expand_as(y))
+                dz = dz.to(h.dtype)
+                torch.mm(dz, weight, out=d_hidden[part])
+                d_weight += dz.T @ h
+        if wanted:
+            ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * grad, d_weight * grad, None, None, None
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int | None
+    ) -> tuple[Tensor, Tensor]:
+        logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        entropy = torch.empty_like(logprobs)
+        for part in _chunks(len(targets), len(weight), chunk):
+            logp = ((hidden[part] @ weight.T).float() / temperature).log_softmax(-1)  # [n, V]
+            logprobs[part] = logp.gather(-1, targets[part, None]).squeeze(-1)
+            entropy[part] = -(logp.exp() * logp).sum(-1)
+        ctx.save_for_backward(hidden, weight, targets, entropy)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, d_logprobs: Tensor, d_entropy: Tensor
+    ) -> tuple[Tensor, Tensor, None, None, None]:
+        hidden, weight, targets, entropy = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for part in _chunks(len(targets), len(weight), ctx.chunk):
+            h, y = hidden[part], targets[part, None]
+            logp = ((h @ weight.T).float() / ctx.temperature).log_softmax(-1)  # [n, V]
+            p = logp.exp()
+            a, b, mean = d_logprobs[part, None], d_entropy[part, None], entropy[part, None]
+            dz = p * -(a + b * (logp + mean))
+            dz.scatter_add_(-1, y, a)
+            dz = (dz / ctx.temperature).to(h.dtype)
+            d_hidden[part] = dz @ weight
+            d_weight += dz.T @ h
+        return d_hidden, d_weight.to(weight.dtype), None, None, None
+
+
+def _chunks(rows: int, vocab: int, chunk: int | None) -> Iterator[slice]:
+    size = max(1, CHUNK // vocab) if chunk is None else chunk
+    for start in range(0, rows, size):
+        yield slice(start, start + size)

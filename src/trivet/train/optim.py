@@ -1,0 +1,187 @@
+"""Muon for matrices, AdamW for the rest, and the learning rate over a run.
+
+Muon (Jordan 2024, kellerjordan.github.io/posts/muon): the Nesterov momentum of a matrix is replaced
+by the nearest semi-orthogonal matrix, U V^T of its singular value decomposition, so that every
+direction moves by the same amount. Five Newton-Schulz steps
+
+    X <- a X + (b A + c A^2) X,   A = X X^T,   (a, b, c) = (3.4445, -4.7750, 2.0315)
+
+bring every singular value to somewhere in 0.7..1.2, which is near enough. The update is scaled by
+sqrt(max(1, rows/columns)). Weight decay is decoupled: w <- (1 - lr decay) w.
+
+AdamW (arXiv 1711.05101) takes embeddings, norms and biases; only those with two or more dimensions
+decay. Small models have many small matrices, so all matrices of one shape (or its transpose) go
+through one batched Newton-Schulz, and everything elementwise is one foreach call.
+
+Left out: per-parameter learning rates, sharding over devices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from trivet.config import UserError
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+class Optimizer:
+    """`groups` as model.optimizer_groups() gives them. A parameter without a gradient stays."""
+
+    def __init__(
+        self,
+        groups: Mapping[str, Mapping[str, Tensor]],
+        muon_lr: float = 0.02,
+        adam_lr: float = 3e-3,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ):
+        self.matrices, self.others = dict(groups["matrices"]), dict(groups["others"])
+        self.muon_lr, self.adam_lr, self.weight_decay = muon_lr, adam_lr, weight_decay
+        self.momentum, self.betas, self.eps = momentum, betas, eps
+        self.steps = 0
+        self._momenta = {name: torch.zeros_like(p) for name, p in self.matrices.items()}
+        self._means = {name: torch.zeros_like(p) for name, p in self.others.items()}
+        self._squares = {name: torch.zeros_like(p) for name, p in self.others.items()}
+
+    @torch.no_grad()
+    def step(self, lr_scale: float = 1.0) -> None:
+        """One update from the parameters' gradients, with both learning rates times `lr_scale`."""
+        self.steps += 1
+        self._muon(self.muon_lr * lr_scale)
+        self._adamw(self.adam_lr * lr_scale)
+
+    def zero_grad(self) -> None:
+        for p in self.parameters():
+            p.grad = None
+
+    def parameters(self) -> list[Tensor]:
+        return [*self.matrices.values(), *self.others.values()]
+
+    def _muon(self, lr: float) -> None:
+        names = [name for name, p in self.matrices.items() if p.grad is not None]
+        if not names:
+            return
+        params = [self.matrices[name] for name in names]
+        grads = _grads(params)
+        momenta = [self._momenta[name] for name in names]
+        torch._foreach_lerp_(momenta, grads, 1 - self.momentum)
+        ahead = torch._foreach_lerp(grads, momenta, self.momentum)  # Nesterov
+        if self.weight_decay:
+            torch._foreach_mul_(params, 1 - lr * self.weight_decay)
+        torch._foreach_add_(params, orthogonalize_all(ahead), alpha=-lr)
+
+    def _adamw(self, lr: float) -> None:
+        names = [name for name, p in self.others.items() if p.grad is not None]
+        if not names:
+            return
+        params = [self.others[name] for name in names]
+        grads = _grads(params)
+        means, squares = [self._means[n] for n in names], [self._squares[n] for n in names]
+        beta1, beta2 = self.betas
+        decaying = [p for p in params if p.ndim >= 2]
+        if self.weight_decay and decaying:
+            torch._foreach_mul_(decaying, 1 - lr * self.weight_decay)
+        torch._foreach_lerp_(means, grads, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+        scale = torch._foreach_sqrt(squares)
+        torch._foreach_div_(scale, math.sqrt(1 - beta2**self.steps))
+        torch._foreach_add_(scale, self.eps)
+        torch._foreach_addcdiv_(params, means, scale, -lr / (1 - beta1**self.steps))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {"steps": torch.tensor(self.steps)}
+        for kind, tensors in self._tables().items():
+            state |= {f"{kind}.{name}": tensor for name, tensor in tensors.items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        mine = self.state_dict()
+        for name in sorted(mine.keys() ^ state.keys()):
+            where = "missing from" if name in mine else "unexpected in"
+            raise UserError(f"{name!r} is {where} the stored optimizer state: it belongs to another model.")
+        for name, tensor in mine.items():
+            if tensor.shape != state[name].shape:
+                raise UserError(
+                    f"Optimizer state {name!r} has shape {list(state[name].shape)}, "
+                    f"this model needs {list(tensor.shape)}."
+                )
+            tensor.copy_(state[name])
+        self.steps = int(state["steps"])
+
+    def _tables(self) -> dict[str, dict[str, Tensor]]:
+        return {"momentum": self._momenta, "mean": self._means, "square": self._squares}
+
+
+def orthogonalize_all(updates: Sequence[Tensor]) -> list[Tensor]:
+    """Muon's update of many tensors [..., rows, columns] with one Newton-Schulz a shape."""
+    buckets: dict[tuple[int, int, torch.dtype, torch.device], list[int]] = {}
+    for i, u in enumerate(updates):
+        short, long = sorted(u.shape[-2:])
+        buckets.setdefault((short, long, u.dtype, u.device), []).append(i)
+    result: list[Tensor] = list(updates)
+    for (short, long, dtype, _), members in buckets.items():
+        lying = [_lie_down(updates[i]).reshape(-1, short, long) for i in members]
+        done = newton_schulz(torch.cat(lying)).to(dtype)  # [matrices, short, long]
+        for i, part in zip(members, done.split([len(x) for x in lying]), strict=True):
+            u = updates[i]
+            rows, columns = u.shape[-2:]
+            part = (part * math.sqrt(rows / columns)).mT if rows > columns else part
+            result[i] = part.reshape(u.shape)
+    return result
+
+
+def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
+    """Nearly the nearest semi-orthogonal matrix of each [short, long] matrix of a stack."""
+    a, b, c = NEWTON_SCHULZ
+    if x.is_cuda:
+        x = x.bfloat16()  # rounding is far below the iteration's own error; fp32 there is 10x slower
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = torch.bmm(x, x.mT)
+        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, poly, x, beta=a)
+    return x
+
+
+def clip(parameters: Iterable[Tensor], most: float) -> Tensor:
+    """Scale all gradients so that their norm together is at most `most`; the norm before that."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    torch._foreach_mul_(grads, (most / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def schedule(
+    step: int,
+    steps: int,
+    warmup: int = 0,
+    decay_share: float = 0.0,
+    final: float = 0.0,
+    shape: Literal["linear", "cosine"] = "linear",
+) -> float:
+    """Factor of the learning rate at step 0..steps-1: up over `warmup` steps, flat, then down to
+    `final` over the last `decay_share` of the run."""
+    rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    decay = round(steps * decay_share)
+    if step < steps - decay:
+        return rise
+    done = (step - (steps - decay)) / decay
+    left = 1 - done if shape == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return min(rise, final + (1 - final) * left)
+
+
+def _grads(params: Sequence[Tensor]) -> list[Tensor]:
+    return [p.grad for p in params if p.grad is not None]
+
+
+def _lie_down(x: Tensor) -> Tensor:
+    return x.mT if x.shape[-2] > x.shape[-1] else x

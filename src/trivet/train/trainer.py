@@ -1,0 +1,339 @@
+"""One loop for pretraining and supervised fine-tuning.
+
+A step takes `accumulate` microbatches and minimises
+
+    sum over target tokens of -log p  /  target tokens of the whole step
+    + mtp_weight x mean over depths of the same loss of the multi-token-prediction modules
+    + the sequence-wise balance loss of the routers (mean over rows; a row is a sequence)
+
+One divisor for the whole step, because a mean per microbatch would let a token count more the fewer
+tokens stand beside it. Muon and AdamW update, then the routers' biases move by the step's loads.
+
+A run that is stopped at any moment, by Ctrl-C or kill -9, and started again with the same call ends
+with the same bits and the same metrics as one that was never stopped (times excepted): the data is
+a function of an index, randomness is seeded at every step, saving changes nothing.
+
+Left out: several devices, mixed precision, dropout.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from trivet.config import UserError
+from trivet.disk import Journal
+from trivet.model import Routing, Transformer
+from trivet.spec import Frozen
+from trivet.train.checkpoint import load_latest, save_state
+from trivet.train.data import Batch, Documents, PackedBatches, stable_hash
+from trivet.train.losses import head_loss
+from trivet.train.optim import Optimizer, clip, schedule
+
+TIMES = ("seconds", "tokens_per_second", "gflops", "mfu")  # metrics that differ from run to run
+
+
+class TrainConfig(Frozen):
+    """How to train. Nothing here says on what."""
+
+    steps: int = Field(gt=0, description="optimizer steps of the whole run")
+    rows: int = Field(gt=0, description="rows of a microbatch")
+    length: int = Field(gt=0, description="token slots of a row; documents are packed into it")
+    accumulate: int = Field(default=1, gt=0, description="microbatches of an optimizer step")
+    overflow: Literal["error", "cut"] = Field(
+        default="error", description="a document longer than a row: stop, or cut its end off and count"
+    )
+    muon_lr: float = Field(default=0.02, ge=0, description="learning rate of the matrices")
+    adam_lr: float = Field(default=3e-3, ge=0, description="learning rate of everything else")
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled; spares vectors")
+    clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient; inf: never clip")
+    warmup: int = Field(default=0, ge=0, description="steps of linear warm-up")
+    decay_share: float = Field(default=0.4, ge=0, le=1, description="last share of the run, in which the rate falls")
+    decay: Literal["linear", "cosine"] = Field(default="linear", description="how it falls")
+    final_lr: float = Field(default=0.0, ge=0, le=1, description="factor of the rate at the end")
+    mtp_weight: float = Field(default=0.3, ge=0, description="weight of multi-token prediction, if the model has it")
+    seed: int = Field(default=0, description="torch is seeded with (seed, step) at every step")
+    log_every: int = Field(default=1, gt=0, description="steps between lines of metrics")
+    eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only at the end")
+    save_every_seconds: float = Field(default=60.0, ge=0, description="time between saved states")
+    tensorboard: bool = Field(default=True, description="write TensorBoard event files too")
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was stopped on request; its text says how to go on."""
+
+
+def train(
+    model: Transformer,
+    documents: Documents,
+    config: TrainConfig,
+    out: Path,
+    *,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+    evaluate: Callable[[Transformer], dict[str, float]] | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Train `model` in place and return the last metrics. Resumes from `out`/resume if it is there.
+
+    `evaluate` must not depend on anything but the model. Raises Interrupted on Ctrl-C or SIGTERM,
+    UserError where the data, the disk or the loss went wrong.
+    """
+    run = _Run(model.to(device), documents, config, Path(out), device)
+    try:
+        with _Deferred() as asked:
+            while run.step < config.steps:
+                run.train_step()
+                last = run.step == config.steps
+                scores = {}
+                if evaluate and (last or (config.eval_every and run.step % config.eval_every == 0)):
+                    scores = run.evaluate(evaluate)
+                if last or scores or run.step % config.log_every == 0:
+                    run.log(scores, progress)
+                if last or asked.stop or run.since_save() >= config.save_every_seconds:
+                    run.save()
+                if asked.stop and not last:
+                    raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"Stopped; step {run.saved} of {config.steps} is saved in {out}. "
+            "The same command goes on from there."
+        ) from None
+    finally:
+        run.close()
+    return run.metrics
+
+
+# ----------------------------------------------------------------------------------------- one step
+@dataclass
+class StepSums:
+    """What one step's backward passes add up to."""
+
+    loss: Tensor  # mean over the step's target tokens
+    mtp: Tensor
+    balance: Tensor
+    loads: list[Tensor] = field(default_factory=list)  # [E] tokens a MoE layer
+
+
+def backward(model: Transformer, batches: Sequence[Batch], mtp_weight: float) -> StepSums:
+    """Add the gradient of one step's loss, however its documents are spread over batches and rows."""
+    total = sum(batch.count for batch in batches)
+    depths = model.spec.mtp
+    ahead = [[batch.targets_ahead(k) for k in range(1, depths + 1)] for batch in batches]
+    ahead_totals = [sum(int((a[k] >= 0).sum()) for a in ahead) for k in range(depths)]
+    zero = torch.zeros((), device=batches[0].tokens.device)
+    sums = StepSums(zero, zero, zero)
+    for batch, further in zip(batches, ahead, strict=True):
+        routing = Routing()
+        hidden = model(batch.tokens, batch.positions, routing=routing)
+        loss = head_loss(hidden.flatten(0, 1), model.head_weight, batch.targets.flatten())[0] / total
+        mtp = loss.new_zeros(())
+        if depths:
+            outputs = model.mtp_hidden(hidden, batch.tokens, batch.positions, routing)
+            for h, targets, n in zip(outputs, further, ahead_totals, strict=True):
+                mtp = mtp + head_loss(h.flatten(0, 1), model.head_weight, targets.flatten())[0] / max(n, 1) / depths
+        balance = torch.as_tensor(routing.balance, device=loss.device) / len(batches)
+        (loss + mtp_weight * mtp + balance).backward()
+        sums.loss = sums.loss + loss.detach()
+        sums.mtp = sums.mtp + mtp.detach()
+        sums.balance = sums.balance + balance.detach()
+        old = sums.loads or [torch.zeros_like(load) for load in routing.loads]
+        sums.loads = [a + b for a, b in zip(old, routing.loads, strict=True)]
+    return sums
+
+
+class _Run:
+    """The state of a run between two steps."""
+
+    def __init__(
+        self, model: Transformer, documents: Documents, config: TrainConfig, out: Path, device: torch.device | str
+    ):
+        self.model, self.config, self.out, self.device = model, config, out, device
+        self.optimizer = Optimizer(
+            model.optimizer_groups(), config.muon_lr, config.adam_lr, config.weight_decay
+        )
+        self.step, self.start, self.seconds = 0, 0, 0.0
+        self.metrics: dict[str, Any] = {}
+        self.totals = {"tokens": 0, "targets": 0, "slots": 0, "cut": 0}
+        self.identity = {"train": config.model_dump(mode="json"), "spec": model.spec.model_dump(mode="json")}
+        for harmless in ("save_every_seconds", "tensorboard"):
+            del self.identity["train"][harmless]
+        self.journal = Journal(out / "metrics.jsonl")
+        state = load_latest(out / "resume", self.identity)
+        if state is not None:
+            state.apply(model, self.optimizer)
+            self.step, self.start, self.seconds = state.step, state.extra["document"], state.extra["seconds"]
+            self.metrics, self.totals = state.extra["metrics"], state.extra["totals"]
+        self.saved = self.step
+        self.journal.truncate_after(self.step)
+        self.batches = PackedBatches(documents, config.rows, config.length, self.start, config.overflow)
+        self.batches.cut = self.totals["cut"]
+        done = self.step >= config.steps
+        self.peak = 0.0 if done else measure_peak(device)
+        self.board = _Board(out / "tensorboard", self.step) if config.tensorboard and not done else None
+        self.began = self.saved_at = self.logged_at = time.perf_counter()
+        self.flops_since_log = 0.0
+        self.tokens_since_log = 0
+        model.train()
+
+    def train_step(self) -> None:
+        config = self.config
+        torch.manual_seed(stable_hash(config.seed, self.step))
+        packed = [next(self.batches) for _ in range(config.accumulate)]
+        self.sums = backward(self.model, [batch.to(self.device) for batch in packed], config.mtp_weight)
+        self.norm = clip(self.optimizer.parameters(), config.clip)
+        self.rate = schedule(
+            self.step, config.steps, config.warmup, config.decay_share, config.final_lr, config.decay
+        )
+        self.optimizer.step(self.rate)
+        self.optimizer.zero_grad()
+        self.model.update_router_bias(self.sums.loads)
+        self.step += 1
+        self._count(packed)
+
+    def _count(self, packed: Sequence[Batch]) -> None:
+        filled = sum(batch.filled for batch in packed)
+        self.totals["tokens"] += filled
+        self.totals["targets"] += sum(batch.count for batch in packed)
+        self.totals["slots"] += sum(batch.tokens.numel() for batch in packed)
+        self.totals["cut"] = self.batches.cut
+        context = round(sum(batch.context for batch in packed) / filled)  # mean; documents, not rows
+        self.flops_since_log += filled * self.model.spec.training_flops_per_token(2 * context - 1)
+        self.tokens_since_log += filled
+
+    def evaluate(self, evaluate: Callable[[Transformer], dict[str, float]]) -> dict[str, float]:
+        self.model.eval()
+        with torch.no_grad():
+            scores = evaluate(self.model)
+        self.model.train()
+        return {f"eval/{name}": float(value) for name, value in scores.items()}
+
+    def log(self, scores: dict[str, float], progress: Callable[[dict[str, Any]], None] | None) -> None:
+        loss, norm = self.sums.loss.item(), self.norm.item()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise UserError(
+                f"Training broke at step {self.step}: loss {loss}, gradient norm {norm}. Lower muon_lr "
+                f"or adam_lr, or warm up longer; the last good state is step {self.saved}."
+            )
+        values: dict[str, Any] = {"loss": loss, "grad_norm": norm, "lr": self.rate, **self.totals}
+        if self.model.spec.mtp:
+            values["mtp_loss"] = self.sums.mtp.item()
+        if self.sums.loads:
+            values["balance"] = self.sums.balance.item()
+            values["expert_load"] = max((load.max() / load.mean()).item() for load in self.sums.loads)
+        now = time.perf_counter()
+        spent = now - self.logged_at
+        gflops = self.flops_since_log / spent / 1e9
+        values |= scores | {
+            "seconds": self.seconds + now - self.began,
+            "tokens_per_second": self.tokens_since_log / spent,
+            "gflops": gflops,
+            "mfu": gflops / self.peak,
+        }
+        self.logged_at, self.flops_since_log, self.tokens_since_log = now, 0.0, 0
+        self.metrics = {"step": self.step, **values}
+        self.journal.append(self.step, **values)
+        if self.board is not None:
+            self.board.write(self.step, values)
+        if progress is not None:
+            progress(self.metrics)
+
+    def since_save(self) -> float:
+        return time.perf_counter() - self.saved_at
+
+    def save(self) -> None:
+        if not all(bool(torch.isfinite(p).all()) for p in self.optimizer.parameters()):
+            raise UserError(
+                f"The weights are not finite after step {self.step}, so that state was not saved; the "
+                f"last good one is step {self.saved}. Lower muon_lr or adam_lr, or warm up longer."
+            )
+        self.journal.sync()
+        extra = {
+            "document": self.batches.state,
+            "seconds": self.seconds + time.perf_counter() - self.began,
+            "metrics": self.metrics,
+            "totals": self.totals,
+        }
+        save_state(self.out / "resume", self.step, self.model, self.optimizer, self.identity, extra)
+        self.saved, self.saved_at = self.step, time.perf_counter()
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+
+
+# ------------------------------------------------------------------------------------------ helpers
+def measure_peak(device: torch.device | str, seconds: float = 0.05) -> float:
+    """GFLOP/s of a large fp32 matmul on the device: what `mfu` is a share of."""
+    n = 768 if torch.device(device).type == "cpu" else 4096
+    a = torch.ones(n, n, device=device)
+    (a @ a)[0, 0].item()  # warm up; item() waits for any device
+    best, end = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best / 1e9
+
+
+class _Deferred:
+    """Turns Ctrl-C and SIGTERM into `stop`, read between two steps; the second one stops at once.
+
+    An interrupt in the middle of an update would leave weights that belong to no step.
+    """
+
+    def __init__(self) -> None:
+        self.stop = False
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # only there signals can be caught
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._caught)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _caught(self, number: int, frame: FrameType | None) -> None:
+        if self.stop:
+            raise KeyboardInterrupt
+        self.stop = True
+
+
+class _Board:
+    """TensorBoard, if it is installed."""
+
+    def __init__(self, folder: Path, step: int):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            warnings.warn(
+                "TensorBoard is not installed, so only metrics.jsonl is written "
+                "(pip install 'trivet[report]', or set tensorboard = false).",
+                stacklevel=2,
+            )
+            self.writer = None
+        else:
+            self.writer = SummaryWriter(str(folder), purge_step=step + 1)  # type: ignore[no-untyped-call]
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()  # type: ignore[no-untyped-call]
