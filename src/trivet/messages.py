@@ -43,6 +43,7 @@ class Message:
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None  # on a tool message: the call it answers
+    cut: bool = False  # thinking was ended by the budget: the closing message is not the model's own
     completion: Completion | None = None  # exact tokens, when a model wrote this message
 
 

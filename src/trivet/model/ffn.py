@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trivet.model.layers import Layout
+from trivet.model.layers import Float32Buffers, Layout
 from trivet.spec import MoE, SwiGLU
 
 
@@ -63,7 +63,7 @@ class DenseFFN(nn.Module):
         return F.linear(F.silu(gate) * up, self.down)
 
 
-class MoEFFN(nn.Module):
+class MoEFFN(Float32Buffers):
     bias: Tensor
 
     def __init__(self, spec: MoE, d_model: int) -> None:

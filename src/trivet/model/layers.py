@@ -14,6 +14,7 @@ E experts, F ffn, V vocabulary, P problems, G group, S cache slots, N tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -43,6 +44,22 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Nothing: the Transformer initialises every weight in one function."""
+
+
+class Float32Buffers(nn.Module):
+    """A module whose buffers stay fp32 whatever its weights are cast to.
+
+    exp(-slope) near 1 and balancing biases that move by 0.001 do not survive bf16.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Buffers:
+        exact = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, moved in self._buffers.items():
+            before = exact[name]
+            if before is not None and moved is not None and moved.dtype != before.dtype:
+                self._buffers[name] = before.to(moved.device)
+        return self
 
 
 # ---------------------------------------------------------------------------------------- positions

@@ -18,16 +18,16 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from trivet.model.cache import StateCache
-from trivet.model.layers import Layout, Linear, RMSNorm
+from trivet.model.layers import Float32Buffers, Layout, Linear, RMSNorm
 from trivet.spec import Lightning
 
 CHUNK = 128  # tokens a chunk: the quadratic part costs 4 H T CHUNK hd, the state part 4 H T hd^2
 
 
-class LightningAttention(nn.Module):
+class LightningAttention(Float32Buffers):
     slopes: Tensor
 
     def __init__(self, spec: Lightning, d_model: int, layer: int, layers: int) -> None:

@@ -9,6 +9,7 @@ function of an index, and randomness is seeded anew at every step. Never pickle.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trivet.config import UserError
-from trivet.disk import atomic_dir, disk_error, settle_all
+from trivet.disk import atomic_dir, settle_all
 from trivet.train.optim import Optimizer
 
 KEPT = 2
@@ -101,7 +102,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         number = re.search(r"\(os error (\d+)\)", str(e))
         if number is None:
             raise
-        raise disk_error(OSError(int(number[1]), str(e)), path) from e
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from e
 
 
 def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, str, str] | None:

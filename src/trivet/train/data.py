@@ -163,7 +163,7 @@ class PackedBatches:
             free[row] -= need
             index += 1
         self.state = index
-        return _batch(rows, self.length, index)
+        return lay_out(rows, self.length, index)
 
     def _document(self, index: int) -> Document:
         if self._waiting is not None and self._waiting[0] == index:
@@ -186,7 +186,8 @@ class PackedBatches:
         return document
 
 
-def _batch(rows: list[list[Document]], length: int, state: int) -> Batch:
+def lay_out(rows: Sequence[Sequence[Document]], length: int, state: int = 0) -> Batch:
+    """The tensors of documents that were given their rows. A row must not exceed `length`."""
     tokens, positions, targets = [], [], []
     count = filled = context = 0
     for documents in rows:

@@ -62,11 +62,10 @@ class _HeadLoss(torch.autograd.Function):
             d_weight = torch.zeros_like(weight, dtype=torch.float32)  # bf16 would lose small chunks
         for part in _chunks(len(targets), len(weight), chunk):
             h, y = hidden[part], targets[part, None]  # [n, D], [n, 1]
-            logits = (h @ weight.T).float()  # [n, V]
-            logits -= logits.logsumexp(-1, keepdim=True)
-            total -= logits.gather(-1, y).sum()
+            logp = (h @ weight.T).float().log_softmax(-1)  # [n, V]
+            total -= logp.gather(-1, y).sum()
             if wanted:
-                dz = logits.exp_()  # p
+                dz = logp.exp_()  # p
                 dz.scatter_add_(-1, y, dz.new_full((1, 1), -1.0).expand_as(y))
                 dz = dz.to(h.dtype)
                 torch.mm(dz, weight, out=d_hidden[part])

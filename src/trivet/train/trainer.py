@@ -226,7 +226,7 @@ class _Run:
                 f"Training broke at step {self.step}: loss {loss}, gradient norm {norm}. Lower muon_lr "
                 f"or adam_lr, or warm up longer; the last good state is step {self.saved}."
             )
-        values: dict[str, Any] = {"loss": loss, "grad_norm": norm, "lr": self.rate, **self.totals}
+        values: dict[str, Any] = {"loss": loss, "grad_norm": norm, "lr": self.rate * self.config.muon_lr, **self.totals}
         if self.model.spec.mtp:
             values["mtp_loss"] = self.sums.mtp.item()
         if self.sums.loads:

@@ -1,0 +1,187 @@
+"""The command line: verbs only. Everything heavy is imported by the verb that needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trivet.config import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from trivet.recipes.stages import Progress, Stage
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Design, train, serve and let act a small model that thinks.\n\n"
+    "trivet run configs/demo.toml --out runs/demo    the whole road, in ten minutes on a laptop\n\n"
+    "trivet chat runs/demo/tool                      talk to what it trained",
+)
+
+ConfigFile = Annotated[Path, typer.Argument(help="A TOML file, see configs/.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, e.g. train.steps=100.", show_default=False),
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Directory to write. The same command again resumes.")]
+ModelDir = Annotated[Path, typer.Argument(help="A model directory, e.g. runs/demo/tool.", show_default=False)]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...; auto: the GPU if there is one.")]
+Budget = Annotated[
+    int | None, typer.Option("--budget", "-b", min=0, help="At most this many thinking tokens. Default: unlimited.")
+]
+NoThink = Annotated[bool, typer.Option("--no-think", help="Answer at once, with the thinking block closed.")]
+
+
+@app.command()
+def run(config: ConfigFile, overrides: Overrides = None, out: Out = Path("runs/run"), device: Device = "auto") -> None:
+    """Run a recipe: a list of stages. Complete stages are skipped, a stopped one resumes."""
+    from trivet.config import load
+    from trivet.recipes.progress import Live
+    from trivet.recipes.stages import Recipe, run_recipe
+
+    recipe = load(config, Recipe, overrides or [])
+    with Live() as live:
+        run_recipe(recipe, out, _device(device, recipe.threads), live.watch, live.say)
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None, out: Out = Path("runs/train"), device: Device = "auto") -> None:
+    """Pretrain or fine-tune: on tasks, on your own JSONL, or on plain text."""
+    from trivet.recipes.stages import TrainStage
+
+    _one_stage(config, TrainStage, overrides, out, device)
+
+
+@app.command()
+def rl(config: ConfigFile, overrides: Overrides = None, out: Out = Path("runs/rl"), device: Device = "auto") -> None:
+    """Reinforcement learning with verifiable rewards, from a trained model."""
+    from trivet.recipes.stages import RLStage
+
+    _one_stage(config, RLStage, overrides, out, device)
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelDir,
+    task: Annotated[str, typer.Option("--task", "-t", help="Task name: chain, search, arithmetic, jsonl, gym:NAME.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", "-s", help="A setting of the task, e.g. --set max_steps=12.")
+    ] = None,
+    budgets: Annotated[
+        str, typer.Option("--budgets", help="Thinking budgets to sweep, e.g. 0,8,32,none (none: unlimited).")
+    ] = "none",
+    no_think: NoThink = False,
+    no_tools: Annotated[bool, typer.Option("--no-tools", help="Take the task's tools away.")] = False,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Problems a point.")] = 512,
+    temperature: Annotated[float, typer.Option("--temperature", "-T", min=0.0, help="0 is greedy.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens an answer may take, thinking included.")] = 256,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Accuracy on held-out problems with 95% intervals, for one or more thinking budgets."""
+    from trivet.recipes.verbs import evaluate_directory
+
+    evaluate_directory(
+        model, task, settings or [], _budgets(budgets, no_think), not no_tools, count, temperature, max_tokens, seed,
+        as_json, _device(device),
+    )  # fmt: skip
+
+
+@app.command()
+def chat(
+    model: ModelDir,
+    budget: Budget = None,
+    no_think: NoThink = False,
+    tools: Annotated[str, typer.Option("--tools", help="Tools the model may call, comma separated, e.g. calculator. Off by default.")] = "",
+    temperature: Annotated[float, typer.Option("--temperature", "-T", min=0.0, help="0 is greedy.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens an answer may take, thinking included.")] = 400,
+    fold: Annotated[bool, typer.Option("--fold/--unfold", help="Fold long thoughts to their last line when they are done.")] = True,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Talk to a model in the terminal: thoughts dimmed, tool calls shown, tokens counted."""
+    from trivet.recipes.terminal import converse
+
+    thinking = "off" if no_think else budget
+    names = [name for name in tools.split(",") if name]
+    converse(model, thinking, names, temperature, max_tokens, fold, seed, _device(device))
+
+
+@app.command()
+def plan(
+    models: Annotated[list[Path], typer.Argument(help="Model directories, or TOML files with a [model].", show_default=False)],
+    context: Annotated[int, typer.Option("--context", "-c", min=1, help="Context length to price.")] = 4096,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Price a model on paper: parameters, cache, FLOPs. Reads no weights and needs no torch."""
+    from trivet.measure.plan import plan_models
+
+    plan_models(models, context, as_json)
+
+
+# ------------------------------------------------------------------------------------------- helpers
+def _one_stage(config: Path, schema: Any, overrides: list[str] | None, out: Path, device: str) -> None:
+    from trivet.config import load
+    from trivet.recipes.progress import Live
+    from trivet.recipes.stages import Context, run_stage
+
+    stage = load(config, schema, overrides or [])
+    with Live() as live:
+        progress = live.watch(out.name, stage)
+        run_stage(stage, Context(out, out.parent, None, _device(device), progress, live.say))
+
+
+def _device(name: str, threads: int = 0) -> torch.device:
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {name!r} can't be used: {str(e).splitlines()[0]}") from None
+    return torch.device(name)
+
+
+def _budgets(text: str, no_think: bool) -> list[Any]:
+    if no_think:
+        return ["off"]
+    budgets: list[Any] = []
+    for word in text.split(","):
+        if word in ("none", "unlimited"):
+            budgets.append(None)
+        elif word == "off" or word.isdigit():
+            budgets.append("off" if word == "off" else int(word))
+        else:
+            raise UserError(f"--budgets: {word!r} is no budget; write numbers, 'off' or 'none', for example 0,8,32,none.")
+    return budgets
+
+
+def main() -> None:
+    """Entry point: what a person can mend is one sentence, and an interrupt is no crash."""
+    try:
+        app(standalone_mode=True)
+    except UserError as e:
+        sys.exit(f"trivet: {e}")
+    except KeyboardInterrupt as e:
+        print(f"\ntrivet: {e or 'stopped'}", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `trivet ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

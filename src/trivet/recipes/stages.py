@@ -1,0 +1,263 @@
+"""A recipe is a list of stages; a stage reads a directory and writes a directory.
+
+    runs/demo/sft/   config.json  model.safetensors  tokenizer.json  tokenizer_config.json   the model
+                     stage.json                      what was asked for, defaults filled in
+                     metrics.jsonl  tensorboard/     one line a step
+                     resume/                         the last two training states
+                     done.json                       written last: the stage is complete
+
+Running a recipe again skips complete stages and resumes the one that was stopped, so Ctrl-C, kill -9
+and a full disk all have the same cure: the same command. A stage whose settings changed since it ran
+is refused, never silently reused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from trivet.chat import Chat, bpe_chat, tiny_chat
+from trivet.config import UserError, nearest, validate
+from trivet.disk import atomic_dir, write_atomic
+from trivet.messages import Message
+from trivet.model import Transformer, load_model, save_model
+from trivet.rl.learner import RLConfig, learn
+from trivet.spec import Frozen, ModelSpec
+from trivet.tasks import Task, make_task
+from trivet.train.checkpoint import first_difference
+from trivet.train.data import Document, Documents, Mixture, TaskDocuments, TextDocuments
+from trivet.train.trainer import TrainConfig, train
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+# --------------------------------------------------------------------------------------------- schema
+class TrainStage(Frozen):
+    """Pretraining or supervised fine-tuning: from a new model, or from an earlier stage or directory."""
+
+    kind: Literal["train"] = "train"
+    start: str | None = Field(default=None, description="stage or model directory to go on from; else `model`")
+    model: dict[str, Any] | None = Field(default=None, description="a ModelSpec; vocab_size comes from the tokenizer")
+    tokenizer: str = Field(default="tiny", description="'tiny', 'bpe:SIZE' (trained on the data), or a directory")
+    tasks: tuple[dict[str, Any], ...] = Field(default=(), description="tasks to imitate: name, weight, settings")
+    text: str | None = Field(default=None, description="a plain-text file to pretrain on, instead of tasks")
+    train: TrainConfig
+
+    @model_validator(mode="after")
+    def _whole(self) -> TrainStage:
+        if (self.start is None) == (self.model is None):
+            raise ValueError("give either `start` (an earlier model) or `model` (a new one)")
+        if (not self.tasks) == (self.text is None):
+            raise ValueError("give either `tasks` or `text` to train on")
+        if self.model is not None:
+            ModelSpec.model_validate({"vocab_size": 1, **self.model})
+        return self
+
+
+class RLStage(Frozen):
+    """Reinforcement learning with verifiable rewards, from a trained model."""
+
+    kind: Literal["rl"] = "rl"
+    start: str = Field(description="stage or model directory to start from")
+    tasks: tuple[dict[str, Any], ...] = Field(min_length=1, description="tasks to learn: name, weight, settings")
+    rl: RLConfig
+
+
+class ReportStage(Frozen):
+    """The demo's evaluation: thinking, budgets, RL, tool, and the dense twin, as results.json and HTML."""
+
+    kind: Literal["report"] = "report"
+    cold: str = Field(description="the stage before RL")
+    final: str = Field(description="the stage after RL")
+    dense: str | None = Field(default=None, description="the dense twin of `cold`")
+    count: int = Field(default=512, gt=0, description="problems a point")
+    sft_steps: int = Field(gt=0, description="longest chain that SFT showed")
+    seed: int = 1
+
+
+Stage = Annotated[TrainStage | RLStage | ReportStage, Field(discriminator="kind")]
+
+
+class Recipe(Frozen):
+    """Stages in the order in which they run."""
+
+    name: str
+    seed: int = 0
+    threads: int = Field(default=0, ge=0, description="CPU threads; 0: PyTorch's choice")
+    stages: dict[str, Stage]
+
+    @model_validator(mode="after")
+    def _names(self) -> Recipe:
+        bad = [name for name in self.stages if not name.replace("-", "").replace("_", "").isalnum()]
+        if bad:
+            raise ValueError(f"a stage's name becomes a folder, so {bad[0]!r} must be letters, digits, - and _")
+        return self
+
+
+# ---------------------------------------------------------------------------------------------- running
+@dataclass(frozen=True)
+class Context:
+    """What a stage may look at besides its own settings."""
+
+    out: Path  # the stage's own directory
+    run: Path  # the recipe's directory, parent of all stages
+    recipe: Recipe | None
+    device: torch.device
+    progress: Progress | None
+    say: Callable[[str], None]
+
+
+def run_recipe(
+    recipe: Recipe, run: Path, device: torch.device, watch: Callable[[str, Stage], Progress | None], say: Callable[[str], None]
+) -> None:
+    """Run all stages of a recipe. `watch(name, stage)` gives each stage its progress display."""
+    for name, stage in recipe.stages.items():
+        progress = watch(name, stage)
+        run_stage(stage, Context(run / name, run, recipe, device, progress, say))
+
+
+def run_stage(stage: Stage, context: Context) -> dict[str, Any]:
+    """Run, resume or skip one stage; returns the summary that done.json holds."""
+    out = context.out
+    resolved = json.loads(stage.model_dump_json())
+    asked = out / "stage.json"
+    if asked.exists():
+        changed = first_difference(json.loads(asked.read_text()), resolved)
+        if changed is not None:
+            key, was, now = changed
+            raise UserError(f"{out} was run with {key} = {was}, now it is {now}: set it back, or give this run another --out.")
+    if (out / "done.json").exists():
+        context.say(f"{out}: complete, skipped")
+        return json.loads((out / "done.json").read_text())
+    write_atomic(asked, json.dumps(resolved, indent=1))
+    summary = RUNNERS[stage.kind](stage, context)
+    write_atomic(out / "done.json", json.dumps(summary, indent=1))
+    return summary
+
+
+def _train(stage: TrainStage, context: Context) -> dict[str, Any]:
+    tasks = load_tasks(stage.tasks)
+    if stage.start is not None:
+        model, chat = load_start(stage.start, context)
+    else:
+        chat = make_chat(stage, [task for task, _ in tasks])
+        spec = ModelSpec.model_validate({**(stage.model or {}), "vocab_size": chat.vocab_size})
+        model = Transformer(spec, seed=stage.train.seed)
+    documents = make_documents(stage, tasks, chat)
+    _check_length(stage, model.spec)
+    summary = train(model, documents, stage.train, context.out, progress=context.progress, device=context.device)
+    save_checkpoint(model, chat, context.out)
+    return summary
+
+
+def _rl(stage: RLStage, context: Context) -> dict[str, Any]:
+    model, chat = load_start(stage.start, context)
+    tasks = load_tasks(stage.tasks)
+    summary = learn(model, chat, tasks, stage.rl, context.out, progress=context.progress, device=context.device)
+    save_checkpoint(model, chat, context.out)
+    return summary
+
+
+def _report(stage: ReportStage, context: Context) -> dict[str, Any]:
+    from trivet.recipes.demo import report  # matplotlib comes with it
+
+    return report(stage, context)
+
+
+RUNNERS: dict[str, Callable[[Any, Context], dict[str, Any]]] = {"train": _train, "rl": _rl, "report": _report}
+
+
+# ----------------------------------------------------------------------------------------------- parts
+def save_checkpoint(model: Transformer, chat: Chat, out: Path) -> None:
+    """The standard files of a model directory, each replaced as a whole."""
+    with atomic_dir(out / ".final") as aside:
+        save_model(model, aside)
+        chat.save(aside)
+    for file in sorted((out / ".final").iterdir()):
+        file.rename(out / file.name)
+    (out / ".final").rmdir()
+
+
+def load_start(start: str, context: Context) -> tuple[Transformer, Chat]:
+    """An earlier stage of the same recipe by name, or any model directory by path."""
+    stages = list(context.recipe.stages) if context.recipe else []
+    path = context.run / start if start in stages else Path(start)
+    if not path.is_dir():
+        raise UserError(f"start = {start!r} is neither a stage nor a directory.{nearest(start, stages)}")
+    return load_model(path, context.device), Chat.load(path)
+
+
+def load_tasks(configs: tuple[dict[str, Any], ...]) -> list[tuple[Task, float]]:
+    """(task, weight) of each table; every key but `weight` belongs to the task."""
+    tasks = []
+    for config in configs:
+        settings = dict(config)
+        weight = settings.pop("weight", 1.0)
+        if not isinstance(weight, int | float) or weight < 0:
+            raise UserError(f"task {config.get('name')!r}: weight must be a number >= 0, not {weight!r}.")
+        tasks.append((make_task(settings), float(weight)))
+    return tasks
+
+
+def make_chat(stage: TrainStage, tasks: list[Task]) -> Chat:
+    kind, _, size = stage.tokenizer.partition(":")
+    if kind == "tiny" and not size:
+        return tiny_chat()
+    if kind == "bpe":
+        if not size.isdigit():
+            raise UserError(f"tokenizer = {stage.tokenizer!r} should give a size, for example 'bpe:2048'.")
+        return bpe_chat(_sample_texts(stage, tasks), int(size))
+    if Path(stage.tokenizer).is_dir():
+        return Chat.load(Path(stage.tokenizer))
+    raise UserError(f"tokenizer = {stage.tokenizer!r} is neither 'tiny', 'bpe:SIZE' nor a directory.")
+
+
+def _sample_texts(stage: TrainStage, tasks: list[Task], examples: int = 2000) -> list[str]:
+    """Text to train a tokenizer on: the text itself, or worked examples of the tasks."""
+    import random
+
+    if stage.text is not None:
+        return [_read_text(stage.text)]
+    texts = []
+    for task in tasks:
+        for i in range(examples):
+            demo = task.demonstrate(task.problem("train", i), random.Random(i))
+            texts += [part for m in demo.messages for part in _parts(m)]
+    return texts
+
+
+def _parts(message: Message) -> list[str]:
+    return [text for text in (message.content, message.reasoning) if text]
+
+
+def make_documents(stage: TrainStage, tasks: list[tuple[Task, float]], chat: Chat) -> Documents:
+    seed, length = stage.train.seed, stage.train.length
+    if stage.text is not None:
+        return TextDocuments(chat.encode_text(_read_text(stage.text)), length, seed)
+    sources: list[Documents] = [TaskDocuments(task, chat, seed + i) for i, (task, _) in enumerate(tasks)]
+    return Mixture(sources, [weight for _, weight in tasks], seed)
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"text = {path!r} can't be read: {e}.") from None
+
+
+def _check_length(stage: TrainStage, spec: ModelSpec) -> None:
+    if stage.train.length > spec.context_length:
+        raise UserError(
+            f"train.length ({stage.train.length}) exceeds the model's context_length ({spec.context_length})."
+        )
+
+
+def stage_from_toml(data: Mapping[str, Any], kind: type[TrainStage] | type[RLStage], where: str, overrides: list[str]) -> Any:
+    """A run file of one stage, as `trivet train` and `trivet rl` read it."""
+    return validate(dict(data), kind, where, overrides)

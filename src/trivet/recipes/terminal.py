@@ -1,0 +1,139 @@
+"""`trivet chat`: a conversation in the terminal.
+
+Thoughts are dimmed while they stream and folded to one line when they end; tool calls and results
+are shown; a last line counts tokens, thinking tokens, and speed. The loop is the same agent loop
+that RL trains with, so what is seen here is what was learned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+
+from trivet.agent.loop import Episode, ModelStep, ToolStep, run_episode
+from trivet.chat import Chat
+from trivet.config import UserError
+from trivet.engine import Engine, EngineModel
+from trivet.messages import Message, Sampling
+from trivet.model import load_model
+from trivet.tools import get_tool
+
+FOLDED = 72  # characters of a thought that stay when it is folded
+
+
+def converse(
+    directory: Path,
+    thinking: int | Literal["off"] | None,
+    tool_names: list[str],
+    temperature: float,
+    max_tokens: int,
+    fold: bool,
+    seed: int,
+    device: torch.device,
+) -> None:
+    """Read lines, answer them. Raises UserError where the model or a tool can't be had."""
+    console = Console(highlight=False)
+    model, chat = load_model(directory, device).eval(), Chat.load(directory)
+    tools = [get_tool(name) for name in tool_names]
+    engine = Engine(model, chat, max_rows=1, slots=model.spec.context_length, device=device)
+    console.print(f"[dim]{directory}: {model.spec.num_params():,} parameters. Ctrl-D or /quit ends, /new forgets, /budget N sets the budget.[/]")
+    history: list[Message] = []
+    while True:
+        try:
+            line = console.input("[bold]> [/]").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return
+        if line in ("/quit", "/exit"):
+            return
+        if line == "/new":
+            history = []
+            continue
+        if line.startswith("/budget"):
+            thinking = _budget(line, thinking, console)
+            continue
+        if not line:
+            continue
+        seed += 1
+        sampling = Sampling(temperature=temperature, max_tokens=max_tokens, thinking=thinking, seed=seed)
+        shown = _Shown(engine, chat, console, fold)
+        try:
+            episode = asyncio.run(run_episode(shown, [*history, Message("user", line)], tools, sampling))
+        except UserError as e:
+            console.print(str(e), style="red", markup=False)
+            continue
+        except KeyboardInterrupt:
+            engine.cancel_all()
+            console.print("\n[dim](stopped; this turn is forgotten)[/]")
+            continue
+        history = list(episode.messages)
+        shown.close(episode)
+
+
+def _budget(line: str, now: int | Literal["off"] | None, console: Console) -> int | Literal["off"] | None:
+    word = line.removeprefix("/budget").strip()
+    if word == "off":
+        return "off"
+    if word in ("none", "unlimited"):
+        return None
+    if word.isdigit():
+        return int(word)
+    console.print(f"/budget wants a number, off or none; it stays {now}.", markup=False)
+    return now
+
+
+class _Shown:
+    """A ChatModel that prints what it streams."""
+
+    def __init__(self, engine: Engine, chat: Chat, console: Console, fold: bool) -> None:
+        self.model, self.console, self.fold = EngineModel(engine, chat), console, fold
+        self.began = time.perf_counter()
+
+    async def complete(self, messages, tools, sampling) -> Message:  # type: ignore[no-untyped-def]
+        if messages[-1].role == "tool":
+            self.console.print(f"  = {messages[-1].content}", style="cyan", markup=False)
+        thought, message, kind = "", None, ""
+        async for event in self.model.stream(messages, tools, sampling):
+            if event.kind == "done":
+                message = event.message
+                break
+            if event.kind == "reasoning":
+                thought += event.text
+                self.console.print(event.text, style="dim italic", end="", markup=False)
+            elif event.kind == "text":
+                if kind == "reasoning":
+                    self._end_thought(thought)
+                self.console.print(event.text, end="", markup=False)
+            elif event.kind == "tool_call":
+                self.console.print(f"\n  tool {event.text}", style="cyan", end="", markup=False)
+            kind = event.kind
+        self.console.print()
+        assert message is not None
+        return message
+
+    def _end_thought(self, thought: str) -> None:
+        if self.fold and self.console.is_terminal and len(thought) > FOLDED:
+            lines = (len(thought) - 1) // self.console.width
+            self.console.file.write("\r" + "\x1b[1A" * lines + "\x1b[J")
+            self.console.print(f"thought {len(thought)} characters ... {thought[-FOLDED // 2 :]}", style="dim italic", markup=False)
+        else:
+            self.console.print()
+
+    def close(self, episode: Episode) -> None:
+        seconds = time.perf_counter() - self.began
+        done = [m.completion for m in episode.messages if m.completion is not None and _is_new(m, episode)]
+        tokens = sum(len(c.tokens) for c in done)
+        thought = sum(c.reasoning_tokens for c in done)
+        calls = sum(isinstance(step, ToolStep) for step in episode.steps)
+        note = f"{tokens} tokens, {thought} thinking" + (", budget hit" if any(c.budget_hit for c in done) else "")
+        note += f", {calls} tool calls" if calls else ""
+        self.console.print(f"[dim]{note}, {tokens / seconds:,.0f} tok/s, ended by {episode.stop}[/]")
+
+
+def _is_new(message: Message, episode: Episode) -> bool:
+    return any(isinstance(step, ModelStep) and step.message is message for step in episode.steps)

@@ -1,0 +1,42 @@
+"""Problems, worked examples and graders, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from trivet.config import UserError, nearest, validate
+from trivet.spec import Frozen
+from trivet.tasks.arithmetic import Arithmetic, ArithmeticConfig
+from trivet.tasks.base import Demo, Problem, Split, Task
+from trivet.tasks.chain import Chain, ChainConfig
+from trivet.tasks.gym import Gym, GymConfig
+from trivet.tasks.jsonl import Jsonl, JsonlConfig
+from trivet.tasks.search import Search, SearchConfig
+
+TASKS: dict[str, tuple[type[Frozen], Callable[[Any], Task]]] = {
+    "chain": (ChainConfig, Chain),
+    "search": (SearchConfig, Search),
+    "arithmetic": (ArithmeticConfig, Arithmetic),
+    "jsonl": (JsonlConfig, Jsonl),
+    "gym": (GymConfig, Gym),
+}
+
+
+def make_task(settings: Mapping[str, Any]) -> Task:
+    """A task from its table in a config: `name` and its own settings; `gym:NAME` is short for a dataset.
+
+    Raises UserError naming the nearest known task or setting.
+    """
+    settings = dict(settings)
+    name = str(settings.get("name", ""))
+    if name.startswith("gym:"):
+        settings |= {"name": "gym", "dataset": name.removeprefix("gym:")}
+        name = "gym"
+    if name not in TASKS:
+        raise UserError(f"No task {name!r}; there are {', '.join(TASKS)} and gym:DATASET.{nearest(name, TASKS)}")
+    schema, build = TASKS[name]
+    return build(validate(settings, schema, f"task {name!r}"))
+
+
+__all__ = ["TASKS", "Demo", "Problem", "Split", "Task", "make_task"]

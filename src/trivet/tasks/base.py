@@ -1,0 +1,72 @@
+"""What a task is: problems without end, worked examples, and one grader for RL and evaluation.
+
+A problem is a pure function of (task seed, split, index). Train and test are told apart by a hash of
+the problem's own text, so that no test problem can ever be drawn for training, whatever the seeds.
+An index also fixes the level (index mod number of levels), so every stretch of indices is balanced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from trivet.messages import Message, Score
+
+Split = Literal["train", "test"]
+TEST_SHARE = 8  # one text in eight is a test problem
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question. `answer` is the reference, `meta` what the grader needs besides."""
+
+    id: str
+    prompt: str
+    answer: str
+    level: int = 0
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def messages(self) -> list[Message]:
+        return [Message("user", self.prompt)]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A worked example. thinking=False: it shows how to answer with the thinking block shut."""
+
+    messages: tuple[Message, ...]
+    thinking: bool = True
+
+
+class Task(Protocol):
+    """A name, the tools its problems may use, problems, worked examples, a grader."""
+
+    name: str
+    tools: tuple[str, ...]
+    levels: tuple[int, ...]
+
+    def problem(self, split: Split, index: int, level: int | None = None) -> Problem: ...
+
+    def demonstrate(self, problem: Problem, rng: random.Random) -> Demo: ...
+
+    def grade(self, problem: Problem, message: Message) -> Score:
+        """The reward and the eval score. A wrong or missing answer is a 0 that is ok; a status other
+        than ok means that the grader itself failed, and the score does not count."""
+        ...
+
+
+def draw(make: Callable[[random.Random], tuple[str, Any]], split: Split, *key: object) -> tuple[str, Any]:
+    """Draw (text, rest) until the text falls into the split. Raises ValueError if it never does."""
+    for attempt in range(10_000):
+        text, rest = make(random.Random(f"{key} {attempt}"))
+        if is_test(text) == (split == "test"):
+            return text, rest
+    raise ValueError(f"no {split} problem in 10,000 draws for {key}: there are too few different problems")
+
+
+def is_test(text: str) -> bool:
+    return hashlib.blake2s(text.encode()).digest()[0] % TEST_SHARE == 0
