@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
 from test_model_zoo import PATTERNS, gap, noisy, spec_of, tokens_of
-from trivet.model import LayerCache, Transformer, linear
+from trivet.model import LayerCache, Transformer, ffn, linear
 
 T = 23
 TOLERANCE = 1e-5
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(linear, "CHUNK", 4)  # so that short prompts cross chunk boundaries
+    monkeypatch.setattr(ffn, "FUSED_WORK", 600)  # steps fused, the full pass sorted
     torch.set_grad_enabled(False)
     yield
     torch.set_grad_enabled(True)
@@ -158,15 +159,3 @@ def test_forked_and_kept_rows_go_on_alone(name: str) -> None:
     again[2] = again[0]
     got = run(model, caches, again, [1, 1], start=15)
     assert gap(got[2], got[0]) < TOLERANCE and gap(got[1], got[0]) > 0.01
-
-
-@pytest.mark.parametrize("name", PATTERNS)
-def test_a_bf16_cache_is_close(name: str) -> None:
-    """Cache dtype is the caller's; a bf16 cache under an fp32 model only rounds."""
-    model, tokens = noisy(spec_of(PATTERNS[name]), std=0.05), tokens_of(2, T)
-    try:
-        got = run(model, model.new_caches(2, T, dtype=torch.bfloat16), tokens, [9, 1, 1, T - 11])
-    except RuntimeError as e:
-        pytest.fail(f"dtype mix: {e}")
-    want = model(tokens)
-    assert (got - want).norm() < 0.05 * want.norm()

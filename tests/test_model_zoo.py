@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trivet.model import Routing, Transformer
+from trivet.config import UserError
+from trivet.model import Routing, Transformer, ffn
 from trivet.model.ffn import MoEFFN
 from trivet.spec import (
     FFN,
@@ -48,8 +49,8 @@ MIXERS: dict[str, Mixer] = {
 }
 FFNS: dict[str, FFN] = {
     "dense": SwiGLU(hidden=40),
-    "moe": MoE(experts=6, top_k=2, hidden=12, shared_hidden=8, scale=1.5, balance=0.01),
-    "grouped": MoE(experts=8, top_k=3, hidden=12, groups=4, top_groups=2, score="softmax", norm_topk=False,
+    "moe": MoE(experts=6, top_k=2, hidden=16, shared_hidden=8, scale=1.5, balance=0.01),
+    "grouped": MoE(experts=8, top_k=3, hidden=16, groups=4, top_groups=2, score="softmax", norm_topk=False,
                    group_score="max", selection_bias=False, balance=0.01),
 }  # fmt: skip
 RESIDUALS: dict[str, Residual] = {
@@ -169,8 +170,9 @@ def test_a_new_model_is_its_embedding() -> None:
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_bf16_forward_and_backward_are_finite_and_close(name: str) -> None:
+def test_bf16_forward_and_backward_are_finite_and_close(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Routing is replayed: a rounded affinity may choose another expert, and rightly so."""
+    monkeypatch.setattr(ffn, "FUSED_WORK", 0)  # the form that training takes
     spec, tokens = spec_of(PATTERNS[name]), tokens_of(2, 33)
     exact, rounded = noisy(spec, std=0.08), noisy(spec, std=0.08).to(torch.bfloat16)
     routing = Routing()
@@ -187,6 +189,15 @@ def test_bf16_forward_and_backward_are_finite_and_close(name: str) -> None:
         assert b.grad is not None and torch.isfinite(b.grad).all(), key
         cosine = F.cosine_similarity(a.grad.flatten(), b.grad.float().flatten(), dim=0)
         assert cosine > 0.98, (key, float(cosine))
+
+
+@pytest.mark.parametrize("width", [{"hidden": 12}, {"hidden": 16, "experts": 4}])
+def test_widths_that_grouped_products_cannot_take_are_refused(width: dict[str, int]) -> None:
+    experts = MoE(**{"experts": 6, "top_k": 2} | width)
+    d = D if width["hidden"] % 8 else D + 4
+    spec = spec_of("gqa/moe").model_copy(update={"d_model": d, "ffns": FFNS | {"moe": experts}})
+    with pytest.raises(UserError, match="multiples of 8"):
+        Transformer(spec)
 
 
 def test_decay_rates_and_routing_biases_stay_fp32_in_a_bf16_model() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
 
+from trivet.chat import bpe_chat, tiny_chat
 from trivet.config import UserError
+from trivet.messages import ToolSpec
+from trivet.tasks import make_task
 from trivet.train.data import (
     IGNORE,
     PADDING,
@@ -16,6 +19,7 @@ from trivet.train.data import (
     Document,
     Mixture,
     PackedBatches,
+    TaskDocuments,
     TextDocuments,
     stable_hash,
 )
@@ -127,15 +131,28 @@ def test_targets_of_multi_token_prediction_stay_in_their_document() -> None:
     assert (batch.targets_ahead(99) == IGNORE).all()
 
 
-def test_mixture_follows_its_weights_and_its_seed() -> None:
+def test_mixture_keeps_its_shares_and_skips_nothing() -> None:
     sources = [Random(seed=s) for s in (1, 2, 3)]
     mixture = Mixture(sources, [1, 0, 3], seed=5)
-    counts = Counter(mixture.pick(i) for i in range(4000))
-    assert counts[1] == 0
-    assert abs(counts[2] / 4000 - 0.75) < 0.03  # 4 standard deviations
-    assert mixture[7] == mixture[7] == sources[mixture.pick(7)][7]
-    other = Mixture(sources, [1, 0, 3], seed=6)
-    assert [mixture.pick(i) for i in range(50)] != [other.pick(i) for i in range(50)]
+    picks = [mixture.pick(i) for i in range(5000)]
+    for source, share in ((0, 0.25), (2, 0.75)):
+        places = [place for s, place in picks if s == source]
+        assert abs(len(places) / 5000 - share) < 0.01
+        whole = len(places) - 1024  # all but the unfinished last block
+        assert set(range(whole)) <= set(places) and len(set(places)) == len(places)
+    assert {s for s, _ in picks} == {0, 2}
+    changes = sum(a[0] != b[0] for a, b in pairwise(picks))
+    assert abs(changes / 5000 - 2 * 0.25 * 0.75) < 0.03  # well mixed: neighbours differ as often as by chance
+
+
+def test_mixture_is_a_pure_function_of_seed_and_index() -> None:
+    sources = [Random(seed=s) for s in (1, 2)]
+    mixture, again = Mixture(sources, [1, 3], seed=5), Mixture(sources, [1, 3], seed=5)
+    forth = [mixture.pick(i) for i in range(3000)]
+    assert [again.pick(i) for i in reversed(range(3000))] == forth[::-1]
+    assert forth != [Mixture(sources, [1, 3], seed=6).pick(i) for i in range(3000)]
+    source, place = forth[2000]
+    assert mixture[2000] == sources[source][place]
 
 
 def test_mixture_refuses_senseless_weights() -> None:
@@ -143,6 +160,8 @@ def test_mixture_refuses_senseless_weights() -> None:
         Mixture([Random()], [1, 2])
     with pytest.raises(UserError, match="not all 0"):
         Mixture([Random()], [0])
+    with pytest.raises(UserError, match="less than 1 document in 1024"):
+        Mixture([Random(), Random()], [1, 1e-5])
 
 
 def test_text_windows_are_pieces_of_the_text() -> None:
@@ -158,6 +177,34 @@ def test_text_windows_are_pieces_of_the_text() -> None:
     assert batch.state == 4 and batch.count == 64  # a window fills its row
     with pytest.raises(UserError, match="too few"):
         TextDocuments(text, length=500)
+
+
+@pytest.mark.parametrize("name", ["chain", "search", "arithmetic"])
+def test_task_documents_teach_what_the_assistant_wrote(name: str) -> None:
+    task, chat = make_task({"name": name}), tiny_chat()
+    documents, again = TaskDocuments(task, chat, seed=1), TaskDocuments(task, chat, seed=1)
+    other = TaskDocuments(task, chat, seed=2)
+    differ = 0
+    for index in range(40):
+        document = documents[index]
+        assert document == again[index]
+        differ += document != other[index]
+        prompt = chat.render(task.problem("train", index).messages, generate=True).ids
+        n = len(prompt)
+        assert document.ids[:n] == prompt and not any(document.mask[:n])
+        assert document.ids[-1] == chat.end_id and document.mask[-1]
+        text = chat.decode([t for t, learn in zip(document.ids, document.mask, strict=True) if learn])
+        assert "<tool_response>" not in text and "<user>" not in text
+    assert differ > 5  # the seed draws other demonstrations of the same problems
+
+
+def test_a_task_whose_tools_the_prompt_does_not_list_is_refused() -> None:
+    task = make_task({"name": "arithmetic"})
+    chat = bpe_chat(["12+34"], 300)
+    with pytest.raises(UserError, match="would list no tool"):
+        TaskDocuments(task, chat)
+    tools = [ToolSpec(name, "computes", {}) for name in task.tools]
+    assert any(TaskDocuments(task, chat, tools=tools)[0].mask)
 
 
 def test_stable_hash_never_changes() -> None:

@@ -360,11 +360,11 @@ TEMPLATE = """\
 {%- if shut -%}<think></think>{%- endif -%}
 """
 
-ALPHABET = [*"0123456789+-*?=~xy…", *(f"={digit}" for digit in range(10)), *"abcdefghijklmnopqrstuvwz .,:/()"]
+ALPHABET = [*(chr(code) for code in range(32, 127)), "…", "\n", *(f"={digit}" for digit in range(10))]
 
 
 def tiny_chat() -> Chat:
-    """The demo's alphabet: one token a character, and one for each `=0` .. `=9`."""
+    """The demo's alphabet: one token a printable ASCII character, and one for each `=0` .. `=9`."""
     vocab = {token: i for i, token in enumerate([*SPECIAL, *ALPHABET])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"=\d|[\s\S]"), "isolated")

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trivet.config import UserError
 from trivet.model.layers import Float32Buffers, Layout
 from trivet.spec import MoE, SwiGLU
 
@@ -68,6 +69,11 @@ class MoEFFN(Float32Buffers):
 
     def __init__(self, spec: MoE, d_model: int) -> None:
         super().__init__()
+        if spec.hidden % 8 or d_model % 8:
+            raise UserError(
+                f"moe: hidden ({spec.hidden}) and d_model ({d_model}) must be multiples of 8, "
+                "because grouped matrix products need rows of whole 16 bytes."
+            )
         self.spec = spec
         self.router = nn.Parameter(torch.empty(spec.experts, d_model))
         if spec.selection_bias:

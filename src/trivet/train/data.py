@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from trivet.config import UserError
+from trivet.messages import ToolSpec
 
 if TYPE_CHECKING:
     from trivet.chat import Chat
@@ -52,36 +53,60 @@ def stable_hash(*numbers: int) -> int:
 
 # ------------------------------------------------------------------------------------------ sources
 class Mixture:
-    """Document `index` comes from a source drawn by weight, from its place `index`."""
+    """Sources interleaved at random in exact shares, each read in order and without gaps.
+
+    Every BLOCK documents hold the same number of each source in an order of their own, so where a
+    source stands is arithmetic on the index, and a finite data set is seen evenly.
+    """
+
+    BLOCK = 1024
 
     def __init__(self, sources: Sequence[Documents], weights: Sequence[float], seed: int = 0):
         if len(sources) != len(weights) or not sources:
             raise UserError(f"A mixture needs one weight a source: {len(sources)} sources, {len(weights)} weights.")
         if min(weights) < 0 or sum(weights) <= 0:
             raise UserError(f"The weights of a mixture must be >= 0 and not all 0, got {list(weights)}.")
-        total = sum(weights)
         self.sources, self.seed = sources, seed
-        self.bounds = [sum(weights[: i + 1]) / total for i in range(len(weights))]
-        self.last = max(i for i, weight in enumerate(weights) if weight > 0)
+        ends = [round(self.BLOCK * sum(weights[: i + 1]) / sum(weights)) for i in range(len(weights))]
+        self.shares = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        for weight, share in zip(weights, self.shares, strict=True):
+            if weight > 0 and share == 0:
+                raise UserError(f"A weight of {weight} in {list(weights)} is less than 1 document in {self.BLOCK}.")
+        self._order: tuple[int, list[tuple[int, int]]] = (-1, [])
 
-    def pick(self, index: int) -> int:
-        point = stable_hash(self.seed, index) / 2**64
-        return next((i for i, bound in enumerate(self.bounds) if point < bound), self.last)
+    def pick(self, index: int) -> tuple[int, int]:
+        """(source, place in that source) of document `index`."""
+        block, at = divmod(index, self.BLOCK)
+        if self._order[0] != block:
+            order = [(s, block * share + i) for s, share in enumerate(self.shares) for i in range(share)]
+            random.Random(stable_hash(self.seed, block)).shuffle(order)
+            self._order = (block, order)
+        return self._order[1][at]
 
     def __getitem__(self, index: int) -> Document:
-        return self.sources[self.pick(index)][index]
+        source, place = self.pick(index)
+        return self.sources[source][place]
 
 
 class TaskDocuments:
-    """Worked examples of a task, rendered as the conversation that the model will see."""
+    """Worked examples of a task, rendered as the conversation that the model will see.
 
-    def __init__(self, task: Task, chat: Chat, seed: int = 0):
-        self.task, self.chat, self.seed = task, chat, seed
+    `tools` are what the prompt lists, the same as at rollouts; the bare call syntax lists none.
+    """
+
+    def __init__(self, task: Task, chat: Chat, seed: int = 0, tools: Sequence[ToolSpec] = ()):
+        if task.tools and chat.markers.tool_syntax == "json" and {t.name for t in tools} != set(task.tools):
+            raise UserError(
+                f"Task {task.name!r} calls {', '.join(task.tools)}, but its prompts would list "
+                f"{', '.join(t.name for t in tools) or 'no tool'}: the model would learn another prompt."
+            )
+        self.task, self.chat, self.seed, self.tools = task, chat, seed, tools
 
     def __getitem__(self, index: int) -> Document:
         rng = random.Random(stable_hash(self.seed, index))
         demo = self.task.demonstrate(self.task.problem("train", index), rng)
-        raise NotImplementedError(demo)
+        rendered = self.chat.render(demo.messages, self.tools, thinking=demo.thinking)
+        return Document(rendered.ids, rendered.mask)
 
 
 class TextDocuments:

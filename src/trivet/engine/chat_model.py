@@ -1,0 +1,106 @@
+"""The engine as a ChatModel, shared by any number of conversations.
+
+`run` drives many coroutines over one engine: all of them go on until each waits for the engine or is
+done, then the engine steps until something ends. Nothing depends on timing, so the batches, and with
+them the results, are the same every time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from trivet.chat import Chat
+from trivet.engine.engine import Engine
+from trivet.engine.request import Request
+from trivet.messages import Completion, Event, Message, Sampling, ToolSpec
+
+R = TypeVar("R")
+
+
+class EngineModel:
+    """messages.ChatModel over an Engine."""
+
+    def __init__(self, engine: Engine, chat: Chat) -> None:
+        self.engine, self.chat = engine, chat
+        self._futures: dict[int, asyncio.Future[Completion]] = {}
+        self._driven = False
+
+    async def complete(self, messages: Sequence[Message], tools: Sequence[ToolSpec], sampling: Sampling) -> Message:
+        request = self.request(messages, tools, sampling)
+        id = self.engine.add(request)
+        future = asyncio.get_running_loop().create_future()
+        self._futures[id] = future
+        while not self._driven and not future.done():
+            self._advance()
+        return self.message(request, await future)
+
+    async def stream(
+        self, messages: Sequence[Message], tools: Sequence[ToolSpec], sampling: Sampling
+    ) -> AsyncIterator[Event]:
+        """The same completion, piece by piece; the last event is "done" and carries the message."""
+        request = self.request(messages, tools, sampling)
+        id = self.engine.add(request)
+        splitter, seen = self.chat.splitter(self.chat.thinking_open(request.prompt)), 0
+        completion: Completion | None = None
+        while completion is None:
+            completion = dict(self.engine.step()).get(id)
+            tokens = completion.tokens if completion is not None else self.engine.so_far(id)
+            for event in splitter.push(tokens[seen:]):
+                yield event
+            seen = len(tokens)
+        for event in splitter.finish():
+            yield event
+        yield Event("done", message=self.message(request, completion))
+
+    def run(self, coroutines: Sequence[Coroutine[Any, Any, R]]) -> list[R]:
+        """Results of coroutines that all talk to this model, in their order."""
+        return asyncio.run(self._drive(coroutines))
+
+    async def _drive(self, coroutines: Sequence[Coroutine[Any, Any, R]]) -> list[R]:
+        tasks = [asyncio.ensure_future(c) for c in coroutines]
+        self._driven = True
+        try:
+            while not all(task.done() for task in tasks):
+                live = sum(not task.done() for task in tasks)
+                if len(self._futures) < live:
+                    await asyncio.sleep(0)  # some can go on by themselves
+                    if any(task.done() and task.exception() for task in tasks):
+                        break
+                else:
+                    self._advance()
+                    await asyncio.sleep(0)
+            return [await task for task in tasks]
+        finally:
+            self._driven = False
+            for task in tasks:
+                task.cancel()
+            self.engine.cancel_all()
+            self._futures.clear()
+
+    def _advance(self) -> None:
+        """Step the engine until a request ends."""
+        ended: list[tuple[int, Completion]] = []
+        while not ended:
+            ended = self.engine.step()
+        for id, completion in ended:
+            future = self._futures.pop(id, None)
+            if future is not None and not future.done():
+                future.set_result(completion)
+
+    def request(self, messages: Sequence[Message], tools: Sequence[ToolSpec], sampling: Sampling) -> Request:
+        """A conversation as a request: its ids, and what its turn has already spent on thinking."""
+        rendered = self.chat.render(messages, tools, thinking=sampling.thinking != "off", generate=True)
+        used = 0
+        for message in reversed(messages):
+            if message.role == "user":
+                break
+            if message.completion is not None:
+                used += message.completion.reasoning_tokens
+        return Request(tuple(rendered.ids), sampling, used, stop_on_tool=bool(tools))
+
+    def message(self, request: Request, completion: Completion) -> Message:
+        parsed = self.chat.parse(completion.tokens, self.chat.thinking_open(request.prompt))
+        return replace(parsed, cut=completion.budget_hit, completion=completion)

@@ -1,0 +1,96 @@
+"""A request, and the rule of the thinking budget.
+
+    thinking = "off"   the prompt shuts the thinking block; if the model opens one, it is shut at once
+    thinking = N       at most N reasoning tokens in the whole turn, tool calls inside thinking included
+    thinking = None    no limit but max_tokens, of which `answer_reserve` is kept back for the answer
+
+Reasoning tokens are the sampled tokens strictly between the opening and the closing tag. When the
+budget is spent and the model would go on thinking, the engine writes the closing message and the tag
+itself: these tokens are forced, not sampled, and not counted. A model that closes its thought at
+exactly N tokens was not cut. No torch here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from trivet.chat import Chat
+from trivet.config import UserError
+from trivet.messages import Sampling
+
+UNLIMITED = 2**31
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to continue and how.
+
+    reasoning_used: reasoning tokens that earlier completions of the same turn spent.
+    stop_on_tool: end the completion when it closes a tool call (a tool is offered).
+    """
+
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    reasoning_used: int = 0
+    stop_on_tool: bool = False
+
+
+@dataclass
+class Limits:
+    """A request's limits in tokens of its own, worked out once.
+
+    open: thinking is already open where the completion starts.
+    budget: reasoning tokens that may still be sampled.
+    last_thought: from this many produced tokens on, thinking must end to leave room for the answer.
+    """
+
+    open: bool
+    budget: int
+    last_thought: int
+
+    @classmethod
+    def of(cls, request: Request, chat: Chat, slots: int) -> Limits:
+        """Raises UserError for what can't be kept: nothing about a budget is best effort."""
+        s = request.sampling
+        for name, value, good in (
+            ("temperature", s.temperature, s.temperature >= 0),
+            ("top_p", s.top_p, 0 < s.top_p <= 1),
+            ("top_k", s.top_k, s.top_k >= 0),
+            ("min_p", s.min_p, 0 <= s.min_p <= 1),
+            ("max_tokens", s.max_tokens, s.max_tokens >= 1),
+            ("answer_reserve", s.answer_reserve, s.answer_reserve >= 0),
+            ("thinking", s.thinking, s.thinking in (None, "off") or (isinstance(s.thinking, int) and s.thinking >= 0)),
+        ):
+            if not good:
+                raise UserError(f"Sampling: {name} = {value!r} is out of range.")
+        if not request.prompt:
+            raise UserError("A request needs at least one prompt token.")
+        if len(request.prompt) >= slots:
+            raise UserError(f"The prompt has {len(request.prompt)} tokens, this engine holds {slots} a sequence, answer included.")
+        budget = UNLIMITED if s.thinking is None else 0 if s.thinking == "off" else max(s.thinking - request.reasoning_used, 0)
+        room = min(s.max_tokens, slots - len(request.prompt))
+        opened = chat.thinking_open(request.prompt)
+        last = room - len(chat.closing_ids) - s.answer_reserve
+        if last < 0:  # a reserve larger than the room shrinks to what is left after closing
+            last = max(room - len(chat.closing_ids) - 1, 0)
+        if opened and room < len(chat.closing_ids):
+            raise UserError(
+                f"max_tokens leaves {room} tokens, too few to close the open thought ({len(chat.closing_ids)} tokens)."
+            )
+        return cls(opened, budget, last)
+
+
+@dataclass
+class Live:
+    """A request while it runs: `row` is its place in the batch."""
+
+    id: int
+    request: Request
+    limits: Limits
+    row: int = -1
+    produced: int = 0
+    thought: int = 0
+    thinking: bool = False
+    budget_hit: bool = False
+    completion: Any = None
