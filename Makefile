@@ -20,6 +20,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: help demo test lint clean
+.NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 help:
@@ -29,7 +30,7 @@ demo: .venv/.demo
 	$(BIN)/trivet run configs/demo.toml --out $(OUT)
 
 test: lint
-	$(BIN)/python -m pytest -x -q
+	$(BIN)/python -m pytest -x -q --timeout 120
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
@@ -48,7 +49,7 @@ clean:
 	@echo "Making .venv with $(TORCH). This happens once."
 	$(PYTHON) -m venv .venv
 	$(PIP) install "$(TORCH)"
-	$(PIP) freeze | grep '^torch==' > .venv/constraints.txt
+	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > .venv/constraints.txt
 	@touch $@
 
 .venv/.demo .venv/.dev: .venv/.%: .venv/.torch pyproject.toml

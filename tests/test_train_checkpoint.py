@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from trivet.config import UserError
-from trivet.train import checkpoint
+from trivet.model import io
 from trivet.train.checkpoint import first_difference, load_latest, save_state
 from trivet.train.optim import Optimizer
 
@@ -106,17 +106,17 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
 def test_a_full_disk_keeps_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What safetensors raised on a full 1 MB tmpfs, at the second file of the state."""
     save(tmp_path, 5)
-    real = checkpoint.save_file
+    real = io.save_file
 
-    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    def full(tensors: dict[str, torch.Tensor], path: Path, **options: object) -> None:
         if path.name == "optimizer.safetensors":
             raise SafetensorError(
                 "Error while serializing: I/O error: No space left on device (os error 28)"
             )
-        real(tensors, path)
+        real(tensors, path, **options)
 
     with monkeypatch.context() as m:
-        m.setattr(checkpoint, "save_file", full)
+        m.setattr(io, "save_file", full)
         with pytest.raises(UserError, match="No space left on device.*MB are free.*resumes"):
             save(tmp_path, 6)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000005"]

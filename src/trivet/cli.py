@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +14,6 @@ from trivet.config import UserError
 if TYPE_CHECKING:
     import torch
 
-    from trivet.recipes.stages import Progress, Stage
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from trivet.config import UserError, validate
 from trivet.model.transformer import Transformer
@@ -23,8 +27,7 @@ def save_model(model: Transformer, directory: Path) -> None:
         "spec": model.spec.model_dump(mode="json"),
     }
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(model.state_dict(), directory / "model.safetensors")
 
 
 def load_spec(directory: Path) -> ModelSpec:
@@ -59,3 +62,14 @@ def load_model(directory: Path, device: torch.device | str = "cpu", dtype: torch
             raise UserError(f"{path}: {name!r} has shape {tuple(t.shape)}, the spec says {tuple(expected[name].shape)}.")
     model.load_state_dict(tensors, assign=True)
     return model.to(device=device, dtype=dtype or tensors["embed"].dtype)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """safetensors, where a full disk is an OSError like everywhere else."""
+    try:
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as e:
+        number = re.search(r"\(os error (\d+)\)", str(e))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from e

@@ -14,7 +14,7 @@ is refused, never silently reused.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,15 +23,17 @@ import torch
 from pydantic import Field, model_validator
 
 from trivet.chat import Chat, bpe_chat, tiny_chat
-from trivet.config import UserError, nearest, validate
+from trivet.config import UserError, nearest
 from trivet.disk import atomic_dir, write_atomic
 from trivet.messages import Message
 from trivet.model import Transformer, load_model, save_model
 from trivet.rl.learner import RLConfig, learn
 from trivet.spec import Frozen, ModelSpec
-from trivet.tasks import Task, make_task
+from trivet.tasks import Split, Task, make_task
+from trivet.tools import get_tool
 from trivet.train.checkpoint import first_difference
-from trivet.train.data import Document, Documents, Mixture, TaskDocuments, TextDocuments
+from trivet.train.data import Documents, Mixture, PackedBatches, TaskDocuments, TextDocuments
+from trivet.train.losses import head_loss
 from trivet.train.trainer import TrainConfig, train
 
 Progress = Callable[[dict[str, Any]], None]
@@ -151,7 +153,10 @@ def _train(stage: TrainStage, context: Context) -> dict[str, Any]:
         model = Transformer(spec, seed=stage.train.seed)
     documents = make_documents(stage, tasks, chat)
     _check_length(stage, model.spec)
-    summary = train(model, documents, stage.train, context.out, progress=context.progress, device=context.device)
+    summary = train(
+        model, documents, stage.train, context.out,
+        progress=context.progress, evaluate=held_out_loss(stage, tasks, chat), device=context.device,
+    )  # fmt: skip
     save_checkpoint(model, chat, context.out)
     return summary
 
@@ -236,12 +241,35 @@ def _parts(message: Message) -> list[str]:
     return [text for text in (message.content, message.reasoning) if text]
 
 
-def make_documents(stage: TrainStage, tasks: list[tuple[Task, float]], chat: Chat) -> Documents:
+def make_documents(stage: TrainStage, tasks: list[tuple[Task, float]], chat: Chat, split: Split = "train") -> Documents:
+    """The stage's data, endless: worked examples by weight, or windows of the text's first 90% (or last 10%)."""
     seed, length = stage.train.seed, stage.train.length
     if stage.text is not None:
-        return TextDocuments(chat.encode_text(_read_text(stage.text)), length, seed)
-    sources: list[Documents] = [TaskDocuments(task, chat, seed + i) for i, (task, _) in enumerate(tasks)]
+        ids = chat.encode_text(_read_text(stage.text))
+        cut = int(len(ids) * 0.9)
+        return TextDocuments(ids[:cut] if split == "train" else ids[cut:], length, seed)
+    sources: list[Documents] = [
+        TaskDocuments(task, chat, seed + i, [get_tool(name).spec for name in task.tools], split)
+        for i, (task, _) in enumerate(tasks)
+    ]
     return Mixture(sources, [weight for _, weight in tasks], seed)
+
+
+def held_out_loss(
+    stage: TrainStage, tasks: list[tuple[Task, float]], chat: Chat, batches: int = 8
+) -> Callable[[Transformer], dict[str, float]]:
+    """Mean loss a target token on examples of the test split, always the same ones."""
+
+    def evaluate(model: Transformer) -> dict[str, float]:
+        held = PackedBatches(make_documents(stage, tasks, chat, "test"), stage.train.rows, stage.train.length, overflow="cut")
+        total = count = 0.0
+        for batch in (next(held).to(model.embed.device) for _ in range(batches)):
+            hidden = model(batch.tokens, batch.positions).flatten(0, 1)
+            loss, targets = head_loss(hidden, model.head_weight, batch.targets.flatten())
+            total, count = total + loss.item(), count + targets
+        return {"loss": total / count}
+
+    return evaluate
 
 
 def _read_text(path: str) -> str:
@@ -256,8 +284,3 @@ def _check_length(stage: TrainStage, spec: ModelSpec) -> None:
         raise UserError(
             f"train.length ({stage.train.length}) exceeds the model's context_length ({spec.context_length})."
         )
-
-
-def stage_from_toml(data: Mapping[str, Any], kind: type[TrainStage] | type[RLStage], where: str, overrides: list[str]) -> Any:
-    """A run file of one stage, as `trivet train` and `trivet rl` read it."""
-    return validate(dict(data), kind, where, overrides)

@@ -136,7 +136,7 @@ def extract(text: str, form: Format) -> str | None:
     if form == "text":
         return text.strip() or None
     if form == "gsm8k":
-        head, mark, tail = text.rpartition("####")
+        _, mark, tail = text.rpartition("####")
         return extract(tail, "number") if mark else None
     if form == "number":
         numbers = NUMBER.findall(text)

@@ -20,7 +20,6 @@ from trivet.tasks.base import Demo, Problem, Split, draw
 from trivet.tasks.chain import OPERATORS, apply
 
 
-
 class SearchConfig(Frozen):
     name: Literal["search"] = "search"
     no_think: float = Field(default=0.07, ge=0, le=1, description="share of examples that answer without thinking")

@@ -9,8 +9,6 @@ function of an index, and randomness is seeded anew at every step. Never pickle.
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trivet.config import UserError
 from trivet.disk import atomic_dir, settle_all
+from trivet.model.io import save_tensors
 from trivet.train.optim import Optimizer
 
 KEPT = 2
@@ -92,17 +91,6 @@ def load_latest(folder: Path, config: Mapping[str, Any]) -> State | None:
             "or give this run another folder."
         )
     return State(path, step, stored, extra, model, optimizer)
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """safetensors, where a full disk is an OSError like everywhere else."""
-    try:
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path)
-    except SafetensorError as e:
-        number = re.search(r"\(os error (\d+)\)", str(e))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from e
 
 
 def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, str, str] | None:

@@ -26,7 +26,7 @@ from trivet.messages import ToolSpec
 
 if TYPE_CHECKING:
     from trivet.chat import Chat
-    from trivet.tasks import Task
+    from trivet.tasks import Split, Task
 
 IGNORE = -100  # a target without loss
 PADDING = -1  # the position of a slot without a token
@@ -94,17 +94,19 @@ class TaskDocuments:
     `tools` are what the prompt lists, the same as at rollouts; the bare call syntax lists none.
     """
 
-    def __init__(self, task: Task, chat: Chat, seed: int = 0, tools: Sequence[ToolSpec] = ()):
+    def __init__(
+        self, task: Task, chat: Chat, seed: int = 0, tools: Sequence[ToolSpec] = (), split: Split = "train"
+    ):
         if task.tools and chat.markers.tool_syntax == "json" and {t.name for t in tools} != set(task.tools):
             raise UserError(
                 f"Task {task.name!r} calls {', '.join(task.tools)}, but its prompts would list "
                 f"{', '.join(t.name for t in tools) or 'no tool'}: the model would learn another prompt."
             )
-        self.task, self.chat, self.seed, self.tools = task, chat, seed, tools
+        self.task, self.chat, self.seed, self.tools, self.split = task, chat, seed, tools, split
 
     def __getitem__(self, index: int) -> Document:
         rng = random.Random(stable_hash(self.seed, index))
-        demo = self.task.demonstrate(self.task.problem("train", index), rng)
+        demo = self.task.demonstrate(self.task.problem(self.split, index), rng)
         rendered = self.chat.render(demo.messages, self.tools, thinking=demo.thinking)
         return Document(rendered.ids, rendered.mask)
 
