@@ -23,7 +23,9 @@ def share(mean: float, count: int = 512) -> m.Share:
     return m.Share(mean=mean, low=low, high=high, count=count)
 
 
-def point(mean: float, task: str = "chain", budget: m.Budget = None, temperature: float = 0.0, tools: bool = True) -> m.Result:
+def point(
+    mean: float, task: str = "chain", budget: m.Budget = None, temperature: float = 0.0, tools: bool = True
+) -> m.Result:
     return m.Result(
         task=task, split="test", thinking=budget, temperature=temperature, tools=tools, seed=1, questions=512,
         accuracy=share(mean), statuses={"ok": 510, "error": 2}, thinks=0.98, calls_tool=0.5, budget_hit=0.25,
@@ -70,7 +72,19 @@ def fixture() -> tuple[m.Report, dict[str, list[dict[str, float]]]]:
 
 def test_page_holds_every_part_and_loads_nothing() -> None:
     page = render(*fixture())
-    for part in ("headline", "budgets", "loss", "reward", "sampling", "tools", "models", "experts", "notes", "points", "about"):
+    for part in (
+        "headline",
+        "budgets",
+        "loss",
+        "reward",
+        "sampling",
+        "tools",
+        "models",
+        "experts",
+        "notes",
+        "points",
+        "about",
+    ):
         assert f'<section id="{part}">' in page, part
     assert page.count("<svg") == page.count("</svg>") == 7
     outside = re.sub(r'xmlns(:\w+)?="[^"]*"|<!DOCTYPE[^>]*>|<!--.*?-->', "", page, flags=re.DOTALL)

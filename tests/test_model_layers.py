@@ -68,8 +68,9 @@ def test_yarn_equals_transformers(yarn: Yarn, dims: int, theta: float) -> None:
     rope = Rope(dims=dims, theta=theta, yarn=yarn)
     assert torch.allclose(inverse_frequencies(rope), want, rtol=1e-5, atol=0)
     assert rotation_amplitude(rope) == pytest.approx(amplitude, rel=1e-6)
-    plain = inverse_frequencies(Rope(dims=dims, theta=theta))
-    assert not torch.allclose(plain, want, rtol=1e-3, atol=0)
+    if dims > 8:  # (a theta of 100 never gets slow enough for a length of 32768 to matter)
+        plain = inverse_frequencies(Rope(dims=dims, theta=theta))
+        assert not torch.allclose(plain, want, rtol=1e-3, atol=0)
 
 
 def test_temperatures_of_the_released_deepseeks() -> None:

@@ -134,7 +134,7 @@ def test_a_state_is_carried_over_calls(sizes: list[int]) -> None:
         piece = [torch.nn.functional.pad(x[:, :, part], (0, 0, pad, pad), value=7.0) for x in (q, k, v)]
         form = recurrent if ids.shape[1] == 1 else chunked
         got, state = form(*piece, SLOPES, (ids == 0).cumsum(-1), ids, state)
-        wrong, broken = form(*piece, SLOPES * 1.1, (ids == 0).cumsum(-1), ids, broken)
+        _, broken = form(*piece, SLOPES * 1.1, (ids == 0).cumsum(-1), ids, broken)
         mine = slice(pad, pad + n)
         assert gap(got[:, :, mine], want[:, :, part]) < 1e-5
         at += n

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from test_model_zoo import D, VOCAB, gap
+from test_model_zoo import VOCAB, D, gap
 from trivet.model import Transformer
 from trivet.model.layers import Layout, apply_rope
 from trivet.model.mla import LatentAttention

@@ -119,9 +119,14 @@ def test_forms_agree_when_experts_get_no_token(tokens: int) -> None:
     assert gap(sorted_(inputs(tokens), chosen.flip(1), gates, layer.gate_up, layer.down), results[0][0]) > 0.01
 
 
-def test_few_tokens_are_fused_and_many_sorted() -> None:
-    spec = MoE(experts=64, top_k=4, hidden=256)
-    assert pick_form(spec, 1) is fused and pick_form(spec, 4096) is sorted_
+def test_the_form_follows_from_the_needless_work() -> None:
+    """Tiny experts are fused for few tokens; large ones never; bf16 fuses more, its calls cost more."""
+    tiny, large = MoE(experts=8, top_k=2, hidden=112), MoE(experts=32, top_k=4, hidden=256)
+    assert pick_form(tiny, 128, 4, 4) is fused and pick_form(tiny, 128, 4096, 4) is sorted_
+    assert pick_form(large, 512, 1, 4) is sorted_ and pick_form(large, 512, 1, 2) is sorted_
+    assert pick_form(tiny, 128, 64, 2) is fused and pick_form(tiny, 128, 64, 4) is sorted_
+    everyone = MoE(experts=4, top_k=4, hidden=4096)
+    assert pick_form(everyone, 4096, 1000, 4) is fused  # all experts chosen: nothing is needless
 
 
 # ------------------------------------------------------------------------------------- routing records

@@ -17,7 +17,7 @@ ROWS = [[5, 9, 1, 7], [4, 4, 11]]  # document lengths; the second row ends in pa
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(linear, "CHUNK", 4)
-    monkeypatch.setattr(ffn, "FUSED_WORK", 0)  # the form that training takes
+    monkeypatch.setattr(ffn, "NEEDLESS", {})  # the form that training takes
     yield
 
 

@@ -24,7 +24,9 @@ LOGP = torch.tensor([-1.0, -2.0, -3.0, -1.0, -9.0, -0.5], dtype=torch.float64)
 ADVANTAGE = torch.tensor([2.0, -1.0], dtype=torch.float64)
 
 
-def loss_of(objective: Objective, ratio: Tensor = RATIO, **more: Tensor | Totals) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+def loss_of(
+    objective: Objective, ratio: Tensor = RATIO, **more: Tensor | Totals
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """loss, metrics, and the gradient by logp."""
     logp = LOGP.clone().requires_grad_()
     loss, metrics = policy_loss(objective, logp, LOGP - ratio.log(), ADVANTAGE, SEQUENCE, MASK, **more)  # type: ignore[arg-type]
@@ -120,7 +122,7 @@ def test_normalisers_differ() -> None:
 def test_parts_of_a_batch_add_up(name: str) -> None:
     objective = row(name)
     ref = LOGP + 0.3
-    whole, metrics, gradient = loss_of(objective, logp_ref=ref, entropy=-LOGP)
+    whole, metrics, _ = loss_of(objective, logp_ref=ref, entropy=-LOGP)
 
     def part(which: Tensor, totals: Totals | None) -> tuple[Tensor, dict[str, Tensor]]:
         own = SEQUENCE[which] - SEQUENCE[which].min()  # sequences are numbered anew in each part

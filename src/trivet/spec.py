@@ -203,12 +203,12 @@ class MoE(Frozen):
     experts: int = Field(gt=0)
     top_k: int = Field(gt=0)
     hidden: int = Field(gt=0)  # width of one routed expert
-    shared_hidden: int = 0  # width of the shared expert(s), fused into one; 0: none
+    shared_hidden: int = Field(default=0, ge=0)  # width of the shared expert(s), fused into one; 0: none
     score: Literal["softmax", "sigmoid"] = "sigmoid"
     norm_topk: bool = True  # chosen weights are divided by their sum
     scale: float = 1.0  # routed scaling factor
-    groups: int = 1  # group-limited routing: experts in `groups` groups, best `top_groups` kept
-    top_groups: int = 1
+    groups: int = Field(default=1, gt=0)  # group-limited routing: experts in `groups` groups, best `top_groups` kept
+    top_groups: int = Field(default=1, gt=0)
     group_score: Literal["max", "top2"] = "top2"  # V2: the best expert; V3: sum of the two best
     selection_bias: bool = True  # V3's auxiliary-loss-free balancing bias, used for selection only
     bias_rate: float = 0.001  # gamma of its update rule
@@ -218,6 +218,8 @@ class MoE(Frozen):
     def _fits(self) -> MoE:
         if self.experts % self.groups:
             raise ValueError(f"experts ({self.experts}) must divide into groups ({self.groups})")
+        if self.groups > 1 and self.group_score == "top2" and self.experts < 2 * self.groups:
+            raise ValueError(f"group_score 'top2' needs two experts a group, got {self.experts} in {self.groups} groups")
         if self.top_groups > self.groups:
             raise ValueError(f"top_groups ({self.top_groups}) exceeds groups ({self.groups})")
         if self.top_k > self.top_groups * (self.experts // self.groups):
@@ -378,7 +380,7 @@ def expand_pattern(pattern: str) -> list[str]:
                 unit, at = [tokens[at]], at + 1
                 if unit[0].count("/") not in (1, 2):
                     raise ValueError(f"pattern {pattern!r}: {unit[0]!r} should read mixer/ffn or mixer/ffn/residual")
-            if at < len(tokens) and tokens[at].startswith("*"):
+            if at < len(tokens) and re.fullmatch(r"\*\s*\d+", tokens[at]):
                 unit, at = unit * int(tokens[at][1:]), at + 1
             names += unit
         if depth == 0 and at < len(tokens):

@@ -56,7 +56,12 @@ def reward_curve(name: str, rows: Rows) -> str | None:
     for i, key in enumerate(tasks, 1):
         _line(axes[0], _pick(rows, key), i, key.removeprefix("reward/"))
     _finish(axes[0], f"step of {name}", "mean reward of a batch")
-    shares = {"thinks": "thinks", "calls_tool": "calls a tool", "budget_hit": "budget spent", "no_spread": "group agrees"}
+    shares = {
+        "thinks": "thinks",
+        "calls_tool": "calls a tool",
+        "budget_hit": "budget spent",
+        "no_spread": "group agrees",
+    }
     for i, (key, label) in enumerate(shares.items()):
         points = _pick(rows, key)
         if any(y for _, y in points):
@@ -114,7 +119,9 @@ def _figure(columns: int, height: float, rows: int = 1, sharey: bool = False) ->
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("A report needs matplotlib: pip install 'trivet[report]'.") from None
-    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "trivet", "font.family": "sans-serif", "font.size": 9.5})
+    mpl.rcParams.update(
+        {"svg.fonttype": "none", "svg.hashsalt": "trivet", "font.family": "sans-serif", "font.size": 9.5}
+    )
     figure = Figure(figsize=(WIDTH, height), dpi=100, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharey=sharey)
     return figure, list(axes.flat)
@@ -204,7 +211,7 @@ def _places(budgets: Sequence[Budget]) -> dict[Budget, float]:
     """Where each budget stands: to scale, with off before and unlimited after them; evenly spaced
     where a scale would crowd the small ones."""
     sizes = sorted({b for b in budgets if isinstance(b, int)})
-    ends: list[Budget] = [b for b in ("off", None) if b in budgets]  # type: ignore[misc]
+    ends: list[Budget] = [b for b in ("off", None) if b in budgets]
     order: list[Budget] = [*(b for b in ends if b == "off"), *sizes, *(b for b in ends if b is None)]
     positive = [b for b in sizes if b > 0]
     if not positive or sizes[-1] > 20 * positive[0]:

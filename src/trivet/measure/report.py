@@ -144,4 +144,3 @@ def _commit() -> str:
         return git("rev-parse", "--short=12", "HEAD") + changed
     except (OSError, subprocess.SubprocessError):
         return "unknown: not run from a git checkout"
-

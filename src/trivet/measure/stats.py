@@ -1,10 +1,10 @@
 """Estimates with honest uncertainty, without torch or numpy.
 
-    wilson     95% interval of a share k/n (Wilson 1927): behaves at 0, at 1 and for small n
-    bootstrap  interval of a mean over questions, each answered n times: questions are drawn anew,
-               because answers to one question are not independent
-    pass@k     1 - C(n-c, k) / C(n, k): unbiased (Chen et al., arXiv 2107.03374)
-    maj@k      share of size-k subsets of the answers whose majority is right, ties shared evenly
+wilson     95% interval of a share k/n (Wilson 1927): behaves at 0, at 1 and for small n
+bootstrap  interval of a mean over questions, each answered n times: questions are drawn anew,
+           because answers to one question are not independent
+pass@k     1 - C(n-c, k) / C(n, k): unbiased (Chen et al., arXiv 2107.03374)
+maj@k      share of size-k subsets of the answers whose majority is right, ties shared evenly
 """
 
 from __future__ import annotations

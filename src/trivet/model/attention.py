@@ -62,15 +62,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     """
     heads, kv_heads, width = q.shape[1], k.shape[1], v.shape[-1]
     if q.shape[2] == 1 and mask is not None:
-        # One query a row (decode): fold the query heads of a group into rows of one product, so that
+        # One query a row (decode): the query heads of a group become rows of one product, so that
         # keys are read once and never repeated.
         q = q.reshape(q.shape[0], kv_heads, heads // kv_heads, -1)  # [B,K,H/K,hd]
-        scores = (q @ k.transpose(-1, -2)).float() * scale  # [B,K,H/K,S]
-        scores = scores.masked_fill(~mask, float("-inf"))
-        return (scores.softmax(-1).to(v.dtype) @ v).flatten(1, 2).unsqueeze(2)
+        one = _products if q.device.type == "cuda" else F.scaled_dot_product_attention
+        return one(q, k, v, attn_mask=mask, scale=scale).flatten(1, 2).unsqueeze(2)
     dtype = q.dtype
-    if dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled():
-        # The CPU kernel's bf16 backward is about 3x slower than its fp32 one; measured in docs/LOG.md.
+    if dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled() and q.shape[2] < 256:
+        # The CPU kernel's bf16 backward takes 3.6 times its fp32 one at T = 64, the same at 256, less beyond.
         q, k, v = q.float(), k.float(), v.float()
     if v.shape[-1] < k.shape[-1]:  # fused kernels want equal widths (MLA's values are narrower)
         v = F.pad(v, (0, k.shape[-1] - v.shape[-1]))
@@ -78,3 +77,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=heads != kv_heads
     )
     return y[..., :width].to(dtype)
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, scale: float) -> Tensor:
+    """Two batched products: a GPU's fused kernels would give a short query too few blocks to work on."""
+    scores = (q @ k.transpose(-1, -2)).float() * scale  # [B,K,H/K,S]
+    return scores.masked_fill(~attn_mask, float("-inf")).softmax(-1).to(v.dtype) @ v

@@ -13,8 +13,8 @@ MoE (arXiv 2401.06066; DeepSeek-V3, 2412.19437, eq. 12-20), for each token x:
 Every token reaches its experts. Two forms of the expert sum stand behind one signature: `sorted_`
 groups tokens by expert and runs one grouped matrix product per weight (work proportional to top_k);
 `fused` runs all experts as one dense product and multiplies by the mostly zero gates (work
-proportional to all experts, but two large products: faster for a handful of tokens). `pick_form` states the rule;
-benchmarks/moe_forms.py measured it.
+proportional to all experts, but two large products: faster for few tokens and small experts).
+`pick_form` states the rule; benchmarks/moe_forms.py measured it.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class MoEFFN(Float32Buffers):
         gates = (gates * self.spec.scale).to(x.dtype)
         if routing is not None:
             self._record(routing, scores, chosen, x.shape, layout)
-        form = pick_form(self.spec, len(flat))
+        form = pick_form(self.spec, x.shape[-1], len(flat), x.element_size())
         y = form(flat, chosen, gates, self.gate_up, self.down)
         if self.shared is not None:
             y = y + self.shared(flat)
@@ -144,12 +144,21 @@ class MoEFFN(Float32Buffers):
 
 # ------------------------------------------------------------------------- the sum over chosen experts
 Form = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-FUSED_WORK = 2**15  # tokens x experts x width below which sorting costs more than it saves
+# How many needless numbers of expert weight `fused` may touch for each expert's products that it saves,
+# by bytes a number: a bf16 product of few rows has a far higher fixed cost. From benchmarks/moe_forms.py.
+NEEDLESS = {4: 2**15, 2: 2**18}
 
 
-def pick_form(spec: MoE, tokens: int) -> Form:
-    """`fused` for a handful of tokens (decode of a tiny model), else `sorted_`."""
-    return fused if tokens * spec.experts * spec.hidden <= FUSED_WORK else sorted_
+def pick_form(spec: MoE, d_model: int, tokens: int, bytes_per_number: int) -> Form:
+    """`fused` where its needless work costs less than the calls it saves, else `sorted_`.
+
+    Needless are the experts that no token chose, read once, and the products of tokens with experts
+    they did not choose, which cost about an eighth of reading them.
+    """
+    met = spec.experts * (1 - (1 - spec.top_k / spec.experts) ** tokens)  # expected, if all are alike
+    needless = (spec.experts - met) + tokens * (spec.experts - spec.top_k) / 8
+    allowed = met * NEEDLESS.get(bytes_per_number, 0)
+    return fused if needless * spec.hidden * d_model <= allowed else sorted_
 
 
 def fused(x: Tensor, chosen: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -183,7 +192,7 @@ class _Reorder(torch.autograd.Function):
         return x.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
         return grads[0].index_select(0, inverse), None, None
 
@@ -198,6 +207,6 @@ class _Spread(torch.autograd.Function):
         return x.index_select(0, order // top_k)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (back,) = ctx.saved_tensors
         return grads[0].index_select(0, back).unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None

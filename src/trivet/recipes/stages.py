@@ -79,7 +79,8 @@ class ReportStage(Frozen):
     final: str = Field(description="the stage after RL")
     dense: str | None = Field(default=None, description="the dense twin of `cold`")
     count: int = Field(default=512, gt=0, description="problems a point")
-    sft_steps: int = Field(gt=0, description="longest chain that SFT showed")
+    short_chains: tuple[int, int] = Field(description="steps of the chains for thinking and budgets, from and to")
+    longer_chains: tuple[int, int] = Field(description="steps of chains longer than any that SFT showed")
     seed: int = 1
 
 

@@ -57,9 +57,7 @@ OBJECTIVES: dict[str, Objective] = {
     "dr_grpo": Objective(clip="ppo", low=0.2, high=0.2, normaliser="constant", advantage="mean"),
     "dapo": Objective(clip="ppo", low=0.2, high=0.28, normaliser="token", advantage="mean_std"),
     "cispo": Objective(clip="cispo", high=4.0, normaliser="token", advantage="mean_std"),
-    "gspo": Objective(
-        ratio="sequence", clip="ppo", low=3e-4, high=4e-4, normaliser="sequence", advantage="mean_std"
-    ),
+    "gspo": Objective(ratio="sequence", clip="ppo", low=3e-4, high=4e-4, normaliser="sequence", advantage="mean_std"),
 }
 
 

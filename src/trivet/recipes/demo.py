@@ -1,0 +1,289 @@
+"""The demo's evaluation: what thinking, budgets, RL, the tool and sparsity were worth, on unseen problems.
+
+Every point is `count` test problems. Points are kept in points.jsonl as they are measured, so an
+interrupted evaluation goes on where it was. Nothing here computes an accuracy of its own: all of it
+is `measure.evaluate`, and the report repeats every number with its interval.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from trivet.chat import Chat
+from trivet.disk import Journal, write_atomic
+from trivet.measure.evaluate import evaluate
+from trivet.measure.report import about, render
+from trivet.measure.results import (
+    Budget, Curve, ExpertLoad, Headline, ModelRow, Report, Result, Samples, SamplingBars, Share, ToolBars,
+)  # fmt: skip
+from trivet.messages import Sampling
+from trivet.model import Routing, Transformer, load_model
+from trivet.tasks import Task, make_task
+from trivet.train.data import Mixture, PackedBatches, TaskDocuments
+
+if TYPE_CHECKING:
+    from trivet.recipes.stages import Context, ReportStage
+
+CHAIN_BUDGETS: tuple[Budget, ...] = (0, 7, 13, 19, 25, None)  # a step is 3 tokens, the start 1
+SEARCH_BUDGETS: tuple[Budget, ...] = (0, 13, 26, 52, 104, 208)  # an attempt is 13 tokens
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement: which model, on what, sampled how."""
+
+    model: str
+    task: str
+    thinking: Budget = None
+    temperature: float = 0.0
+    tools: bool = True
+
+    @property
+    def key(self) -> str:
+        shut = "" if self.tools else ", no tools"
+        budget = "" if self.thinking is None else f", thinking {self.thinking}"
+        return f"{self.model}: {self.task}, T={self.temperature:g}{budget}{shut}"
+
+
+def points(models: list[str]) -> Iterator[Point]:
+    """Everything that is measured, in order: `models` are cold, final and perhaps the dense twin."""
+    for model in models[:2]:
+        for task, budgets, temperature in (("chain", CHAIN_BUDGETS, 0.0), ("search", SEARCH_BUDGETS, 1.0)):
+            for budget in budgets:
+                yield Point(model, task, budget, temperature)
+        for task in ("chain", "longer chain", "arithmetic"):
+            yield Point(model, task, temperature=0.0)
+            yield Point(model, task, temperature=1.0)
+        yield Point(model, "search", None, 0.0)
+        yield Point(model, "search", None, 1.0)
+        yield Point(model, "chain", "off")
+        yield Point(model, "search", "off")
+        yield Point(model, "arithmetic", tools=False)
+        yield Point(model, "arithmetic", "off", tools=False)
+    for model in models[2:]:
+        yield Point(model, "chain")
+        yield Point(model, "longer chain")
+        yield Point(model, "search", None, 1.0)
+        yield Point(model, "arithmetic")
+
+
+def tasks_of(stage: ReportStage) -> dict[str, Task]:
+    (low, high), (longer, longest) = stage.short_chains, stage.longer_chains
+    return {
+        "chain": make_task({"name": "chain", "min_steps": low, "max_steps": high}),
+        "longer chain": make_task({"name": "chain", "min_steps": longer, "max_steps": longest}),
+        "search": make_task({"name": "search"}),
+        "arithmetic": make_task({"name": "arithmetic"}),
+    }
+
+
+def report(stage: ReportStage, context: Context) -> dict[str, Any]:
+    """Measure all points, write results.json and report.html beside the stages, print the table."""
+    began = time.perf_counter()
+    names = [name for name in (stage.cold, stage.final, stage.dense) if name is not None]
+    models = {name: load_model(context.run / name, context.device).eval() for name in names}
+    chats = {name: Chat.load(context.run / name) for name in names}
+    found = _measure(stage, context, names, models, chats)
+    seconds = _seconds(context)
+    results = summarise(stage, found)
+    results["seconds"] = sum(seconds.values()) + time.perf_counter() - began
+    results["stage_seconds"] = {**seconds, context.out.name: time.perf_counter() - began}
+    results["tokens_per_second"] = _speeds(context) | {"evaluation": _mean_speed(found)}
+    seed = context.recipe.seed if context.recipe else 0
+    facts = about(seed, str(context.device))
+    results |= {"seed": seed, "commit": facts["commit"], "versions": facts}
+    page = assemble(stage, context, names, models, chats, found, results)
+    stages = list(context.recipe.stages) if context.recipe else names
+    metrics = {name: Journal(context.run / name / "metrics.jsonl").read() for name in stages if name != context.out.name}
+    results["report"] = json.loads(page.model_dump_json())
+    write_atomic(context.run / "results.json", json.dumps(results, indent=1) + "\n")
+    write_atomic(context.run / "report.html", render(page, {name: rows for name, rows in metrics.items() if rows}))
+    _print(stage, context, found, results)
+    return {"points": len(found), "seconds": results["stage_seconds"][context.out.name]}
+
+
+def _measure(
+    stage: ReportStage, context: Context, names: list[str], models: dict[str, Transformer], chats: dict[str, Chat]
+) -> dict[Point, Result]:
+    tasks, journal = tasks_of(stage), Journal(context.out / "points.jsonl")
+    known = {line["key"]: line["result"] for line in journal.read()}
+    found: dict[Point, Result] = {}
+    wanted = list(points(names))
+    for i, point in enumerate(wanted, 1):
+        if point.key in known:
+            found[point] = Result.model_validate(known[point.key])
+        else:
+            sampling = Sampling(
+                temperature=point.temperature, thinking=point.thinking, max_tokens=256 if point.task == "search" else 96
+            )
+            found[point] = evaluate(
+                models[point.model], chats[point.model], tasks[point.task],
+                count=stage.count, sampling=sampling, tools=point.tools, seed=stage.seed,
+            )  # fmt: skip
+            journal.append(i, key=point.key, result=json.loads(found[point].model_dump_json()))
+        if context.progress is not None:
+            context.progress({"step": i, "steps": len(wanted), "point": point.key})
+    return found
+
+
+# ------------------------------------------------------------------------------------------- summaries
+def summarise(stage: ReportStage, found: dict[Point, Result]) -> dict[str, Any]:
+    """The accuracies and intervals that results.json promises, each of one point."""
+    cold, final = stage.cold, stage.final
+    shares: dict[str, Share] = {
+        "no_think": found[Point(final, "chain", "off")].accuracy,
+        "think": found[Point(final, "chain")].accuracy,
+        "before_rl": found[Point(cold, "longer chain")].accuracy,
+        "after_rl": found[Point(final, "longer chain")].accuracy,
+        "without_tool": _without_tool(found, final).accuracy,
+        "with_tool": found[Point(final, "arithmetic")].accuracy,
+    }
+    curves = {
+        "by_budget": {str(b): found[Point(final, "chain", b)].accuracy for b in CHAIN_BUDGETS},
+        "by_budget_search": {str(b): found[Point(final, "search", b, 1.0)].accuracy for b in SEARCH_BUDGETS},
+    }
+    accuracy: dict[str, Any] = {key: share.mean for key, share in shares.items()}
+    intervals: dict[str, Any] = {key: [share.low, share.high] for key, share in shares.items()}
+    for name, curve in curves.items():
+        accuracy[name] = {budget: share.mean for budget, share in curve.items()}
+        intervals[name] = {budget: [share.low, share.high] for budget, share in curve.items()}
+    return {"accuracy": accuracy, "intervals": intervals, "points": {p.key: r.accuracy.mean for p, r in found.items()}}
+
+
+def _without_tool(found: dict[Point, Result], model: str) -> Result:
+    """The better of thinking and answering at once: the tool is not compared with a handicap."""
+    both = (found[Point(model, "arithmetic", tools=False)], found[Point(model, "arithmetic", "off", tools=False)])
+    return max(both, key=lambda result: result.accuracy.mean)
+
+
+def assemble(
+    stage: ReportStage, context: Context, names: list[str], models: dict[str, Transformer], chats: dict[str, Chat],
+    found: dict[Point, Result], results: dict[str, Any],
+) -> Report:  # fmt: skip
+    cold, final = stage.cold, stage.final
+    label = {cold: "before RL", final: "after RL"}
+
+    def acc(*args: Any, **kwargs: Any) -> Share:
+        return found[Point(*args, **kwargs)].accuracy
+
+    headline = (
+        Headline(claim="Does thinking help? (chains, greedy)", values={"no thinking": acc(final, "chain", "off"), "thinking": acc(final, "chain")}),
+        Headline(claim=f"Does RL help beyond what SFT showed? (chains of {stage.longer_chains[0]} to {stage.longer_chains[1]} steps, greedy)",
+                 values={"before": acc(cold, "longer chain"), "after": acc(final, "longer chain")}),
+        Headline(claim="The same at T = 1", values={"before": acc(cold, "longer chain", temperature=1.0), "after": acc(final, "longer chain", temperature=1.0)}),
+        Headline(claim="Does the tool help? (two-digit arithmetic, greedy)",
+                 values={"without": _without_tool(found, final).accuracy, "with": acc(final, "arithmetic")}),
+        Headline(claim="Did RL teach its use? (T = 1)", values={"before": acc(cold, "arithmetic", temperature=1.0), "after": acc(final, "arithmetic", temperature=1.0)}),
+    )  # fmt: skip
+    budgets = tuple(
+        Curve(task=task, model=label[model], points=tuple(found[Point(model, task, b, t)] for b in grid))
+        for task, grid, t in (("chain", CHAIN_BUDGETS, 0.0), ("search", SEARCH_BUDGETS, 1.0))
+        for model in (cold, final)
+    )
+    tools = tuple(
+        ToolBars(task="arithmetic", model=label[m], with_tool=found[Point(m, "arithmetic")], without=_without_tool(found, m))
+        for m in (cold, final)
+    )
+    sampling = tuple(
+        SamplingBars(task=task, model=label[m], greedy=found[Point(m, task)], sampled=found[Point(m, task, temperature=1.0)])
+        for task in ("chain", "longer chain", "search", "arithmetic") for m in (cold, final)
+    )  # fmt: skip
+    samples = tuple(
+        Samples(model=label[m], transcripts=tuple(
+            t for task in ("longer chain", "search", "arithmetic") for t in found[Point(m, task, temperature=1.0)].samples[:2]
+        )) for m in (cold, final)
+    )  # fmt: skip
+    experts = tuple(load for name in (cold, final) for load in expert_load(name, models[name], chats[name], stage))
+    return Report(
+        title=context.recipe.name if context.recipe else "demo",
+        intro=(
+            f"A model of {models[final].spec.num_params():,} parameters ({models[final].spec.active_params():,} active a token), "
+            f"trained from random weights in {results['seconds'] / 60:.1f} minutes. Every point is {stage.count} problems that "
+            "training could not have drawn. Intervals are 95%."
+        ),
+        headline=headline, budgets=budgets, tools=tools, sampling=sampling, experts=experts,
+        models=tuple(_model_row(name, models[name], context, found, stage) for name in (cold, *names[2:])),
+        samples=samples, notes=NOTES, seconds=results["stage_seconds"], about=results["versions"],
+    )  # fmt: skip
+
+
+NOTES = (
+    "Much of the gain at T = 1 is elicitation: SFT already knows the skill, and RL makes sampling use it. The greedy rows "
+    "show what was learned beyond that.",
+    "The cold start answers half of the arithmetic examples without the calculator on purpose, so that RL has a choice to make.",
+    "'Without the tool' is the better of thinking and not thinking.",
+    "Greedy search repeats attempts, since nothing is random in it; T = 1 is the fair way to search.",
+    "The dense twin has equal active parameters and saw the same documents in the same order, SFT only. One seed each: "
+    "the differences between seeds in docs/RESULTS.md are the measure for what is noise.",
+)
+
+
+def expert_load(name: str, model: Transformer, chat: Chat, stage: ReportStage) -> list[ExpertLoad]:
+    """Share of tokens that each expert takes, on worked test examples of all tasks."""
+    ks = [layer.ffn.top_k for layer in model.spec.layers if layer.ffn.kind == "moe"]
+    if not ks:
+        return []
+    tasks = [task for key, task in tasks_of(stage).items() if key != "longer chain"]
+    mixture = Mixture([TaskDocuments(task, chat, 0, split="test") for task in tasks], [1.0] * len(tasks))
+    routing = Routing()
+    batch = next(PackedBatches(mixture, 16, model.spec.context_length, overflow="cut")).to(model.embed.device)
+    with torch.inference_mode():
+        model(batch.tokens, batch.positions, routing=routing)
+    shares = tuple(tuple((load / load.sum()).tolist()) for load in routing.loads)
+    return [ExpertLoad(model=name, top_k=ks[0], shares=shares)]
+
+
+def _model_row(name: str, model: Transformer, context: Context, found: dict[Point, Result], stage: ReportStage) -> ModelRow:
+    done = json.loads((context.run / name / "done.json").read_text())
+    return ModelRow(
+        name=f"{name}: {model.spec.pattern}", params=model.spec.num_params(), active_params=model.spec.active_params(),
+        cache_bytes_per_token=model.spec.cache_bytes_per_token(4), loss=done.get("eval/loss"),
+        accuracy=found[Point(name, "search", None, 1.0)].accuracy, train_seconds=done.get("seconds"),
+        train_tokens_per_second=done["tokens"] / done["seconds"] if "tokens" in done else None,
+    )  # fmt: skip
+
+
+def _seconds(context: Context) -> dict[str, float]:
+    names = [n for n in (context.recipe.stages if context.recipe else ()) if n != context.out.name]
+    return {name: json.loads((context.run / name / "done.json").read_text()).get("seconds", 0.0) for name in names}
+
+
+def _speeds(context: Context) -> dict[str, Any]:
+    """Tokens a second of each stage: trained, and for RL generated."""
+    speeds: dict[str, Any] = {}
+    for name in context.recipe.stages if context.recipe else ():
+        rows = Journal(context.run / name / "metrics.jsonl").read()
+        for key in ("tokens_per_second", "training_tokens_per_second"):
+            values = sorted(row[key] for row in rows if key in row)
+            if values:
+                speeds[f"{name}/{key}"] = values[len(values) // 2]
+    return speeds
+
+
+def _mean_speed(found: dict[Point, Result]) -> float:
+    return sum(r.tokens_per_second for r in found.values()) / len(found)
+
+
+def _print(stage: ReportStage, context: Context, found: dict[Point, Result], results: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    table = Table(title=f"accuracy on {stage.count} unseen problems, 95% intervals", box=None, title_justify="left")
+    for column in ("", "", ""):
+        table.add_column(column)
+    page = Report.model_validate(results["report"])
+    for line in page.headline:
+        table.add_row(line.claim, *(f"{k} {s.mean:.3f} [{s.low:.3f}, {s.high:.3f}]" for k, s in line.values.items()))
+    for curve in page.budgets:
+        if curve.model == "after RL":
+            steps = "  ".join(f"{p.thinking if p.thinking is not None else 'all'}: {p.accuracy.mean:.2f}" for p in curve.points)
+            table.add_row(f"Thinking tokens allowed, {curve.task}", steps)
+    console.print(table)
+    console.print(f"{results['seconds'] / 60:.1f} minutes in all. Report: {context.run / 'report.html'}")
+    console.print(f"Talk to it:  trivet chat {context.run / stage.final} --tools calculator")

@@ -1,0 +1,116 @@
+"""Episodes by the hundred: problems, an engine and the agent loop become graded attempts.
+
+Training and evaluation share this: an attempt is one `agent.loop` episode with its task's `grade`,
+nothing in between. All attempts talk to one engine at once; those of a group come one after the
+other, so that the engine computes their prompt once.
+
+A score that is not ok (grader failed, generation failed) is no reward: it is counted, never a 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trivet.agent.loop import Episode, Row, ToolStep, row, run_episode
+from trivet.config import UserError
+from trivet.engine import Engine, EngineModel
+from trivet.messages import Sampling, Score, StopReason
+from trivet.tasks import Problem, Task
+from trivet.tools import Tool, get_tool
+from trivet.train.data import stable_hash
+
+
+@dataclass(frozen=True)
+class Job:
+    """One attempt to be made. `tools`: whether the task's tools may be called."""
+
+    task: Task
+    problem: Problem
+    sampling: Sampling
+    tools: bool = True
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A job done: what happened, and what it is worth."""
+
+    job: Job
+    episode: Episode
+    score: Score
+
+    @property
+    def row(self) -> Row:
+        """The ids that the model saw and wrote; raises UserError where no single row is what happened."""
+        try:
+            return row(self.episode)
+        except ValueError as e:
+            raise UserError(
+                f"An episode of {self.job.task.name!r} can't be trained on: {e}. The chat template changes "
+                "earlier turns when it renders later ones; use one that only appends."
+            ) from None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all completions, thinking and forced ones included."""
+        return sum(len(c.tokens) for c in self.episode.completions)
+
+    @property
+    def thinks(self) -> bool:
+        return self.episode.reasoning_tokens > 0
+
+    @property
+    def calls_tool(self) -> bool:
+        return any(isinstance(step, ToolStep) for step in self.episode.steps)
+
+    @property
+    def truncated(self) -> bool:
+        """It ran out of tokens or turns, so it never came to an answer of its own."""
+        return self.episode.stop in (StopReason.LENGTH, "max_turns")
+
+
+def play(engine: Engine, jobs: Sequence[Job], max_turns: int) -> list[Attempt]:
+    """Run all jobs, in order, over one engine. Deterministic: each job brings its own seed."""
+    model = EngineModel(engine, engine.chat)
+    offered: dict[str, Tool] = {name: get_tool(name) for job in jobs if job.tools for name in job.task.tools}
+    episodes = model.run(
+        [
+            run_episode(
+                model, job.problem.messages, [offered[n] for n in job.task.tools] if job.tools else [],
+                job.sampling, max_turns,
+            )
+            for job in jobs
+        ]
+    )  # fmt: skip
+    return [Attempt(job, episode, grade(job, episode)) for job, episode in zip(jobs, episodes, strict=True)]
+
+
+def grade(job: Job, episode: Episode) -> Score:
+    """The task's score, or a status that says why there is none. A grader never stops a run."""
+    for completion in episode.completions:
+        if completion.stop in (StopReason.ERROR, StopReason.CANCELLED):
+            return Score(0.0, "error", detail=f"generation: {completion.error or completion.stop}")
+    try:
+        return job.task.grade(job.problem, episode.final)
+    except Exception as e:  # whatever a user's grader raises is counted, and stops the run if it is frequent
+        return Score(0.0, "error", detail=f"grader of {job.task.name!r}: {type(e).__name__}: {e}")
+
+
+def draw_problems(tasks: Sequence[tuple[Task, float]], seed: int, step: int, count: int) -> list[tuple[Task, Problem]]:
+    """The training problems of a step: a pure function of (seed, step).
+
+    Tasks are drawn systematically (one random offset, then even spacing), so that their shares hold
+    in every batch and not only on average; problems by hash.
+    """
+    weights = [weight for _, weight in tasks]
+    total = sum(weights)
+    if not tasks or min(weights) < 0 or total <= 0:
+        raise UserError(f"RL needs tasks with weights >= 0, not all 0; got {weights}.")
+    bounds = [sum(weights[: i + 1]) / total for i in range(len(tasks))]
+    offset = stable_hash(seed, step) / 2**64
+    drawn = []
+    for i in range(count):
+        point = (i + offset) / count
+        task = next((task for (task, w), bound in zip(tasks, bounds, strict=True) if w and point < bound), tasks[-1][0])
+        drawn.append((task, task.problem("train", stable_hash(seed, step, i))))
+    return drawn
