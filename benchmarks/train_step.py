@@ -25,7 +25,7 @@ from peers import twin
 from trivet.train.losses import head_loss
 
 MODES = {"fp32": ("fp32", False), "bf16 autocast": ("fp32", True), "bf16 weights": ("bf16", False)}
-DEFAULT_ROWS = {"dense": 4, "moe": 2}
+DEFAULT_ROWS = {"dense": 4, "moe": 1}
 
 
 def stepper(model: nn.Module, loss_of: Callable[[], Tensor], autocast: bool, device: str) -> Callable[[], float]:

@@ -49,14 +49,13 @@ def whole(folder: Path) -> bool:
 
 
 def kill_in_mid_write(folder: Path, kind: str, delay: float) -> None:
-    child = subprocess.Popen([sys.executable, "-c", WRITER, str(folder), kind], stdout=subprocess.PIPE)
-    assert child.stdout is not None and child.stdout.readline() == b"go\n"
-    deadline = time.monotonic() + 10
-    while not (folder / "dir" / "b").exists() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    time.sleep(delay)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(folder), kind], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None and child.stdout.readline() == b"go\n"
+        deadline = time.monotonic() + 10
+        while not (folder / "dir" / "b").exists() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(delay)
+        child.send_signal(signal.SIGKILL)
 
 
 def test_kill_leaves_whole_files(tmp_path: Path) -> None:

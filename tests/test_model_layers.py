@@ -11,7 +11,7 @@ from torch import Tensor
 
 from test_model_zoo import D, gap, next_token_loss, noisy, spec_of, tokens_of
 from trivet.model import Transformer
-from trivet.model.attention import attend
+from trivet.model.attention import _products, attend
 from trivet.model.layers import Layout, RMSNorm, apply_rope, inverse_frequencies, rotation_amplitude, yarn_temperature
 from trivet.spec import Rope, Yarn
 
@@ -101,6 +101,9 @@ def test_attend_is_softmax_attention(heads: tuple[int, int], widths: tuple[int, 
     assert gap(attend(q, k, v, causal, 0.3), want) < 1e-5
     assert gap(attend(q[:, :, 3:4], k, v, causal[:, :, 3:4], 0.3), want[:, :, 3:4]) < 1e-5
     assert gap(attend(q[:, :, 3:4], k, v, causal[:, :, 2:3], 0.3), want[:, :, 3:4]) > 1e-3
+    folded = q[:, :, 3].reshape(2, k_heads, h // k_heads, kd)  # the form that one query takes on a GPU
+    products = _products(folded, k, v, causal[:, :, 3:4], 0.3).flatten(1, 2).unsqueeze(2)
+    assert gap(products, want[:, :, 3:4]) < 1e-5
 
 
 def test_a_window_sees_itself_and_what_is_just_before() -> None:

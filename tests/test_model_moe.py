@@ -73,7 +73,9 @@ def as_published(layer: MoEFFN, x: Tensor, use_bias: bool = True) -> tuple[Tenso
 
 @pytest.mark.parametrize("form", [fused, sorted_])
 @pytest.mark.parametrize("name", SPECS)
-def test_both_forms_are_the_published_loop(name: str, form: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_forms_are_the_published_loop(
+    name: str, form: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ffn, "pick_form", lambda *a: form)
     layer, x = layer_of(SPECS[name]), inputs(19)
     direction = inputs(19, seed=3)

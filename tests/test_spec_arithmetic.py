@@ -59,7 +59,11 @@ def minimax_m1() -> ModelSpec:
 
 
 def qwen3(layers: int, d: int, hidden: int, heads: int, kv: int, tied: bool = False, moe: bool = False) -> ModelSpec:
-    ffn = MoE(experts=128, top_k=8, hidden=hidden, score="softmax", selection_bias=False) if moe else SwiGLU(hidden=hidden)
+    ffn = (
+        MoE(experts=128, top_k=8, hidden=hidden, score="softmax", selection_bias=False)
+        if moe
+        else SwiGLU(hidden=hidden)
+    )
     return ModelSpec(
         vocab_size=151936, d_model=d, pattern=f"gqa/ffn*{layers}", tie_embeddings=tied, ffns={"ffn": ffn},
         mixers={"gqa": GQA(heads=heads, kv_heads=kv, head_dim=128, qk_norm=True, rope=Rope(dims=128, theta=1e6))},

@@ -110,9 +110,7 @@ def test_a_full_disk_keeps_the_state_before(tmp_path: Path, monkeypatch: pytest.
 
     def full(tensors: dict[str, torch.Tensor], path: Path, **options: object) -> None:
         if path.name == "optimizer.safetensors":
-            raise SafetensorError(
-                "Error while serializing: I/O error: No space left on device (os error 28)"
-            )
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         real(tensors, path, **options)
 
     with monkeypatch.context() as m:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -52,7 +52,9 @@ def run(config: ConfigFile, overrides: Overrides = None, out: Out = Path("runs/r
 
 
 @app.command()
-def train(config: ConfigFile, overrides: Overrides = None, out: Out = Path("runs/train"), device: Device = "auto") -> None:
+def train(
+    config: ConfigFile, overrides: Overrides = None, out: Out = Path("runs/train"), device: Device = "auto"
+) -> None:
     """Pretrain or fine-tune: on tasks, on your own JSONL, or on plain text."""
     from trivet.recipes.stages import TrainStage
 
@@ -81,17 +83,20 @@ def evaluate(
     no_tools: Annotated[bool, typer.Option("--no-tools", help="Take the task's tools away.")] = False,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Problems a point.")] = 512,
     temperature: Annotated[float, typer.Option("--temperature", "-T", min=0.0, help="0 is greedy.")] = 0.0,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens an answer may take, thinking included.")] = 256,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, help="Tokens an answer may take, thinking included.")
+    ] = 256,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     device: Device = "auto",
 ) -> None:
     """Accuracy on held-out problems with 95% intervals, for one or more thinking budgets."""
+    from trivet.messages import Sampling
     from trivet.recipes.verbs import evaluate_directory
 
     evaluate_directory(
-        model, task, settings or [], _budgets(budgets, no_think), not no_tools, count, temperature, max_tokens, seed,
-        as_json, _device(device),
+        model, task, settings or [], _budgets(budgets, no_think), not no_tools, count,
+        Sampling(temperature=temperature, max_tokens=max_tokens), seed, as_json, _device(device),
     )  # fmt: skip
 
 
@@ -100,24 +105,32 @@ def chat(
     model: ModelDir,
     budget: Budget = None,
     no_think: NoThink = False,
-    tools: Annotated[str, typer.Option("--tools", help="Tools the model may call, comma separated, e.g. calculator. Off by default.")] = "",
+    tools: Annotated[
+        str, typer.Option("--tools", help="Tools the model may call, comma separated, e.g. calculator. Off by default.")
+    ] = "",
     temperature: Annotated[float, typer.Option("--temperature", "-T", min=0.0, help="0 is greedy.")] = 0.0,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens an answer may take, thinking included.")] = 400,
-    fold: Annotated[bool, typer.Option("--fold/--unfold", help="Fold long thoughts to their last line when they are done.")] = True,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, help="Tokens an answer may take, thinking included.")
+    ] = 400,
+    fold: Annotated[
+        bool, typer.Option("--fold/--unfold", help="Fold long thoughts to their last line when they are done.")
+    ] = True,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     device: Device = "auto",
 ) -> None:
     """Talk to a model in the terminal: thoughts dimmed, tool calls shown, tokens counted."""
     from trivet.recipes.terminal import converse
 
-    thinking = "off" if no_think else budget
+    thinking: int | Literal["off"] | None = "off" if no_think else budget
     names = [name for name in tools.split(",") if name]
     converse(model, thinking, names, temperature, max_tokens, fold, seed, _device(device))
 
 
 @app.command()
 def plan(
-    models: Annotated[list[Path], typer.Argument(help="Model directories, or TOML files with a [model].", show_default=False)],
+    models: Annotated[
+        list[Path], typer.Argument(help="Model directories, or TOML files with a [model].", show_default=False)
+    ],
     context: Annotated[int, typer.Option("--context", "-c", min=1, help="Context length to price.")] = 4096,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -163,7 +176,9 @@ def _budgets(text: str, no_think: bool) -> list[Any]:
         elif word == "off" or word.isdigit():
             budgets.append("off" if word == "off" else int(word))
         else:
-            raise UserError(f"--budgets: {word!r} is no budget; write numbers, 'off' or 'none', for example 0,8,32,none.")
+            raise UserError(
+                f"--budgets: {word!r} is no budget; write numbers, 'off' or 'none', for example 0,8,32,none."
+            )
     return budgets
 
 

@@ -112,9 +112,7 @@ class Event:
 class ChatModel(Protocol):
     """Anything that answers: the local engine, a remote endpoint, a scripted fake."""
 
-    async def complete(
-        self, messages: Sequence[Message], tools: Sequence[ToolSpec], sampling: Sampling
-    ) -> Message:
+    async def complete(self, messages: Sequence[Message], tools: Sequence[ToolSpec], sampling: Sampling) -> Message:
         """The assistant's next message; `message.completion` holds the exact tokens."""
         ...
 

@@ -219,7 +219,9 @@ class MoE(Frozen):
         if self.experts % self.groups:
             raise ValueError(f"experts ({self.experts}) must divide into groups ({self.groups})")
         if self.groups > 1 and self.group_score == "top2" and self.experts < 2 * self.groups:
-            raise ValueError(f"group_score 'top2' needs two experts a group, got {self.experts} in {self.groups} groups")
+            raise ValueError(
+                f"group_score 'top2' needs two experts a group, got {self.experts} in {self.groups} groups"
+            )
         if self.top_groups > self.groups:
             raise ValueError(f"top_groups ({self.top_groups}) exceeds groups ({self.groups})")
         if self.top_k > self.top_groups * (self.experts // self.groups):
@@ -286,7 +288,7 @@ class ModelSpec(Frozen):
     pattern: str
     mixers: dict[str, Mixer]
     ffns: dict[str, FFN]
-    residuals: dict[str, Residual] = Field(default_factory=lambda: {"pre": PreNorm()})
+    residuals: dict[str, Residual] = {"pre": PreNorm()}
     tie_embeddings: bool = True
     norm_eps: float = 1e-6
     mtp: int = Field(default=0, ge=0)  # multi-token-prediction modules, each like the last layer
@@ -315,7 +317,7 @@ class ModelSpec(Frozen):
     def num_params(self) -> int:
         """Every number in the state dict, tied embeddings counted once."""
         total = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
-        total += self._final_norms() * self.d_model
+        total += self.d_model  # the final norm
         total += sum(self._layer_params(layer) for layer in self.layers)
         return total + self.mtp * self._mtp_params()
 
@@ -328,9 +330,6 @@ class ModelSpec(Frozen):
     def _layer_params(self, layer: LayerSpec) -> int:
         d = self.d_model
         return layer.mixer.params(d) + layer.ffn.params(d) + 2 * d
-
-    def _final_norms(self) -> int:
-        return 1
 
     def _mtp_params(self) -> int:
         d = self.d_model  # two input norms, one output norm, the 2D -> D projection, a layer

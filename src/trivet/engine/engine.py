@@ -28,6 +28,7 @@ from trivet.engine.request import UNLIMITED, Limits, Live, Request
 from trivet.engine.sampling import Settings, sample
 from trivet.messages import Completion, StopReason
 from trivet.model import Routing, Transformer
+from trivet.model.cache import LayerCache
 
 PREFILL_TOKENS = 16_384  # padded prompt tokens of one prefill call
 IDLE_SHARE = 0.25  # finished rows beyond this share of the batch are removed
@@ -71,7 +72,7 @@ class Engine:
         self._waiting: deque[Live] = deque()
         self._rows: list[Live | None] = []  # dense: row -> request, None where it has ended
         self._by_id: dict[int, Live] = {}
-        self._caches: list = []
+        self._caches: list[LayerCache] = []
         self._capacity = 0
         self._allocate(0)
 
@@ -79,7 +80,6 @@ class Engine:
     def add(self, request: Request) -> int:
         """Queue a request. Raises UserError where it asks for what can't be kept."""
         live = Live(self._next_id, request, Limits.of(request, self.chat, self.slots))
-        live.thinking = live.limits.open
         self._next_id += 1
         self._waiting.append(live)
         self._by_id[live.id] = live
@@ -113,10 +113,7 @@ class Engine:
     def so_far(self, id: int) -> tuple[int, ...]:
         """Tokens that a running request has produced."""
         live = self._by_id[id]
-        if live.row < 0:
-            return ()
-        start = len(live.request.prompt)
-        return tuple(self.tokens[live.row, start : start + live.produced].tolist())
+        return tuple(self._written(live.row)) if live.row >= 0 else ()
 
     # --- one step ----------------------------------------------------------------------------------
     @torch.inference_mode()
@@ -265,7 +262,7 @@ class Engine:
             self._finish(self._rows[row], reason)
         for live in self._watched:
             if live.row >= 0 and self.alive[live.row]:
-                text = chat.decode(self.so_far_row(live.row))
+                text = chat.decode(self._written(live.row))
                 if any(stop in text for stop in live.request.sampling.stop):
                     self._finish(live, StopReason.STOP_STRING)
 
@@ -273,7 +270,7 @@ class Engine:
     def _watched(self) -> list[Live]:
         return [live for live in self._rows if live is not None and live.request.sampling.stop]
 
-    def so_far_row(self, row: int) -> list[int]:
+    def _written(self, row: int) -> list[int]:
         return self.tokens[row, self.prompt_length[row] : self.wanted[row]].tolist()
 
     def _finish(self, live: Live | None, reason: StopReason, error: str | None = None) -> None:
@@ -284,7 +281,9 @@ class Engine:
         else:
             part = slice(len(prompt), int(self.wanted[row]))
             tokens = tuple(self.tokens[row, part].tolist())
-            experts = [t[row, part.start - 1 : part.stop - 1].copy() for t in self.experts] if self.record_experts else None
+            experts = (
+                [t[row, part.start - 1 : part.stop - 1].copy() for t in self.experts] if self.record_experts else None
+            )
             done = Completion(
                 self.chat.decode(tokens), tokens, tuple(self.sampled[row, part].tolist()),
                 tuple(self.logprobs[row, part].tolist()), tuple(self.raw_logprobs[row, part].tolist()),
@@ -323,7 +322,12 @@ class Engine:
         if rows <= self._capacity and self._capacity:
             self.alive[len(self._rows) : rows] = True
             return
-        old, old_settings, old_caches, used = self._tables if self._capacity else [], None, self._caches, len(self._rows)
+        old, old_settings, old_caches, used = (
+            self._tables if self._capacity else [],
+            None,
+            self._caches,
+            len(self._rows),
+        )
         if self._capacity:
             old_settings = self.settings
         capacity = min(self.max_rows, max(rows, 2 * self._capacity))
@@ -365,6 +369,3 @@ class Engine:
             self.prompt_length, self.most, self.budget, self.last_thought, self.thought, self.alive,
             self.thinking, self.hit, self.stops_on_tool, *self.experts,
         ]  # fmt: skip
-
-
-

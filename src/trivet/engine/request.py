@@ -13,7 +13,6 @@ exactly N tokens was not cut. No torch here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from trivet.chat import Chat
 from trivet.config import UserError
@@ -67,8 +66,16 @@ class Limits:
         if not request.prompt:
             raise UserError("A request needs at least one prompt token.")
         if len(request.prompt) >= slots:
-            raise UserError(f"The prompt has {len(request.prompt)} tokens, this engine holds {slots} a sequence, answer included.")
-        budget = UNLIMITED if s.thinking is None else 0 if s.thinking == "off" else max(s.thinking - request.reasoning_used, 0)
+            raise UserError(
+                f"The prompt has {len(request.prompt)} tokens, this engine holds {slots} a sequence, answer included."
+            )
+        budget = (
+            UNLIMITED
+            if s.thinking is None
+            else 0
+            if s.thinking == "off"
+            else max(s.thinking - request.reasoning_used, 0)
+        )
         room = min(s.max_tokens, slots - len(request.prompt))
         opened = chat.thinking_open(request.prompt)
         last = room - len(chat.closing_ids) - s.answer_reserve
@@ -89,8 +96,3 @@ class Live:
     request: Request
     limits: Limits
     row: int = -1
-    produced: int = 0
-    thought: int = 0
-    thinking: bool = False
-    budget_hit: bool = False
-    completion: Any = None

@@ -121,7 +121,9 @@ class MoEFFN(Float32Buffers):
             ranked = grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(1)
         return ranked.topk(s.top_k, -1).indices
 
-    def _record(self, routing: Routing, scores: Tensor, chosen: Tensor, shape: torch.Size, layout: Layout | None) -> None:
+    def _record(
+        self, routing: Routing, scores: Tensor, chosen: Tensor, shape: torch.Size, layout: Layout | None
+    ) -> None:
         s, (batch, length) = self.spec, shape[:2]
         real = scores.new_ones(batch, length)
         if layout is not None and layout.positions is not None:

@@ -59,7 +59,9 @@ def load_model(directory: Path, device: torch.device | str = "cpu", dtype: torch
         raise UserError(f"{path}: tensor {name!r} is {'missing' if name in expected else 'not part of the model'}.")
     for name, t in tensors.items():
         if t.shape != expected[name].shape:
-            raise UserError(f"{path}: {name!r} has shape {tuple(t.shape)}, the spec says {tuple(expected[name].shape)}.")
+            raise UserError(
+                f"{path}: {name!r} has shape {tuple(t.shape)}, the spec says {tuple(expected[name].shape)}."
+            )
     model.load_state_dict(tensors, assign=True)
     return model.to(device=device, dtype=dtype or tensors["embed"].dtype)
 

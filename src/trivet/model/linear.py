@@ -97,7 +97,14 @@ def chunked(
     outputs = []
     for start in range(0, length, CHUNK):
         part = slice(start, start + CHUNK)
-        qc, kc, vc, doc, pos, ok = q[:, :, part], k[:, :, part], v[:, :, part], documents[:, part], at[:, part], valid[:, part]
+        qc, kc, vc, doc, pos, ok = (
+            q[:, :, part],
+            k[:, :, part],
+            v[:, :, part],
+            documents[:, part],
+            at[:, part],
+            valid[:, part],
+        )
         inside = quadratic(qc, kc, vc, slopes, doc, pos)
         # [B,H,t]: e^(-s x distance to the state's newest token), 0 in any other document
         reach = _decay(slopes, pos - carried_at[:, None], doc == carried_doc[:, None])

@@ -175,7 +175,7 @@ class Transformer(nn.Module):
 
     # --- training's view ------------------------------------------------------------------------
     def optimizer_groups(self) -> dict[str, dict[str, nn.Parameter]]:
-        """"matrices" (Muon: the last two dimensions are a matrix, leading ones a batch) and "others".
+        """ "matrices" (Muon: the last two dimensions are a matrix, leading ones a batch) and "others".
 
         Embedding and head are tables, a router's rows are expert centroids: AdamW, like the vectors.
         """

@@ -22,7 +22,17 @@ from trivet.disk import Journal, write_atomic
 from trivet.measure.evaluate import evaluate
 from trivet.measure.report import about, render
 from trivet.measure.results import (
-    Budget, Curve, ExpertLoad, Headline, ModelRow, Report, Result, Samples, SamplingBars, Share, ToolBars,
+    Budget,
+    Curve,
+    ExpertLoad,
+    Headline,
+    ModelRow,
+    Report,
+    Result,
+    Samples,
+    SamplingBars,
+    Share,
+    ToolBars,
 )  # fmt: skip
 from trivet.messages import Sampling
 from trivet.model import Routing, Transformer, load_model
@@ -102,7 +112,9 @@ def report(stage: ReportStage, context: Context) -> dict[str, Any]:
     results |= {"seed": seed, "commit": facts["commit"], "versions": facts}
     page = assemble(stage, context, names, models, chats, found, results)
     stages = list(context.recipe.stages) if context.recipe else names
-    metrics = {name: Journal(context.run / name / "metrics.jsonl").read() for name in stages if name != context.out.name}
+    metrics = {
+        name: Journal(context.run / name / "metrics.jsonl").read() for name in stages if name != context.out.name
+    }
     results["report"] = json.loads(page.model_dump_json())
     write_atomic(context.run / "results.json", json.dumps(results, indent=1) + "\n")
     write_atomic(context.run / "report.html", render(page, {name: rows for name, rows in metrics.items() if rows}))
@@ -189,7 +201,9 @@ def assemble(
         for model in (cold, final)
     )
     tools = tuple(
-        ToolBars(task="arithmetic", model=label[m], with_tool=found[Point(m, "arithmetic")], without=_without_tool(found, m))
+        ToolBars(
+            task="arithmetic", model=label[m], with_tool=found[Point(m, "arithmetic")], without=_without_tool(found, m)
+        )
         for m in (cold, final)
     )
     sampling = tuple(
@@ -241,7 +255,9 @@ def expert_load(name: str, model: Transformer, chat: Chat, stage: ReportStage) -
     return [ExpertLoad(model=name, top_k=ks[0], shares=shares)]
 
 
-def _model_row(name: str, model: Transformer, context: Context, found: dict[Point, Result], stage: ReportStage) -> ModelRow:
+def _model_row(
+    name: str, model: Transformer, context: Context, found: dict[Point, Result], stage: ReportStage
+) -> ModelRow:
     done = json.loads((context.run / name / "done.json").read_text())
     return ModelRow(
         name=f"{name}: {model.spec.pattern}", params=model.spec.num_params(), active_params=model.spec.active_params(),
@@ -282,7 +298,9 @@ def _print(stage: ReportStage, context: Context, found: dict[Point, Result], res
         table.add_row(line.claim, *(f"{k} {s.mean:.3f} [{s.low:.3f}, {s.high:.3f}]" for k, s in line.values.items()))
     for curve in page.budgets:
         if curve.model == "after RL":
-            steps = "  ".join(f"{p.thinking if p.thinking is not None else 'all'}: {p.accuracy.mean:.2f}" for p in curve.points)
+            steps = "  ".join(
+                f"{p.thinking if p.thinking is not None else 'all'}: {p.accuracy.mean:.2f}" for p in curve.points
+            )
             table.add_row(f"Thinking tokens allowed, {curve.task}", steps)
     console.print(table)
     console.print(f"{results['seconds'] / 60:.1f} minutes in all. Report: {context.run / 'report.html'}")

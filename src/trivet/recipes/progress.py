@@ -21,7 +21,11 @@ class Live:
 
     def __init__(self) -> None:
         self.console = Console(file=sys.stderr, highlight=False)
-        columns = (TextColumn("[bold]{task.description:10s}"), BarColumn(bar_width=24), TextColumn("{task.fields[figures]}"))
+        columns = (
+            TextColumn("[bold]{task.description:10s}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[figures]}"),
+        )
         self.bars = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
         self.printed = 0.0
 
@@ -30,7 +34,9 @@ class Live:
             self.bars.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.bars.stop()
 
     def say(self, text: str) -> None:

@@ -91,7 +91,7 @@ class Recipe(Frozen):
     """Stages in the order in which they run."""
 
     name: str
-    seed: int = 0
+    seed: int = Field(default=0, description="added to the seed of every stage that trains")
     threads: int = Field(default=0, ge=0, description="CPU threads; 0: PyTorch's choice")
     stages: dict[str, Stage]
 
@@ -117,12 +117,26 @@ class Context:
 
 
 def run_recipe(
-    recipe: Recipe, run: Path, device: torch.device, watch: Callable[[str, Stage], Progress | None], say: Callable[[str], None]
+    recipe: Recipe,
+    run: Path,
+    device: torch.device,
+    watch: Callable[[str, Stage], Progress | None],
+    say: Callable[[str], None],
 ) -> None:
     """Run all stages of a recipe. `watch(name, stage)` gives each stage its progress display."""
     for name, stage in recipe.stages.items():
+        stage = reseed(stage, recipe.seed)
         progress = watch(name, stage)
         run_stage(stage, Context(run / name, run, recipe, device, progress, say))
+
+
+def reseed(stage: Stage, seed: int) -> Stage:
+    """The stage under another seed; evaluation stays on the same problems, so that seeds compare."""
+    if stage.kind == "train":
+        return stage.model_copy(update={"train": stage.train.model_copy(update={"seed": stage.train.seed + seed})})
+    if stage.kind == "rl":
+        return stage.model_copy(update={"rl": stage.rl.model_copy(update={"seed": stage.rl.seed + seed})})
+    return stage
 
 
 def run_stage(stage: Stage, context: Context) -> dict[str, Any]:
@@ -134,7 +148,9 @@ def run_stage(stage: Stage, context: Context) -> dict[str, Any]:
         changed = first_difference(json.loads(asked.read_text()), resolved)
         if changed is not None:
             key, was, now = changed
-            raise UserError(f"{out} was run with {key} = {was}, now it is {now}: set it back, or give this run another --out.")
+            raise UserError(
+                f"{out} was run with {key} = {was}, now it is {now}: set it back, or give this run another --out."
+            )
     if (out / "done.json").exists():
         context.say(f"{out}: complete, skipped")
         return json.loads((out / "done.json").read_text())
@@ -262,7 +278,9 @@ def held_out_loss(
     """Mean loss a target token on examples of the test split, always the same ones."""
 
     def evaluate(model: Transformer) -> dict[str, float]:
-        held = PackedBatches(make_documents(stage, tasks, chat, "test"), stage.train.rows, stage.train.length, overflow="cut")
+        held = PackedBatches(
+            make_documents(stage, tasks, chat, "test"), stage.train.rows, stage.train.length, overflow="cut"
+        )
         total = count = 0.0
         for batch in (next(held).to(model.embed.device) for _ in range(batches)):
             hidden = model(batch.tokens, batch.positions).flatten(0, 1)

@@ -41,7 +41,9 @@ def converse(
     model, chat = load_model(directory, device).eval(), Chat.load(directory)
     tools = [get_tool(name) for name in tool_names]
     engine = Engine(model, chat, max_rows=1, slots=model.spec.context_length, device=device)
-    console.print(f"[dim]{directory}: {model.spec.num_params():,} parameters. Ctrl-D or /quit ends, /new forgets, /budget N sets the budget.[/]")
+    console.print(
+        f"[dim]{directory}: {model.spec.num_params():,} parameters. Ctrl-D or /quit ends, /new forgets, /budget N sets the budget.[/]"
+    )
     history: list[Message] = []
     while True:
         try:
@@ -120,7 +122,9 @@ class _Shown:
         if self.fold and self.console.is_terminal and len(thought) > FOLDED:
             lines = (len(thought) - 1) // self.console.width
             self.console.file.write("\r" + "\x1b[1A" * lines + "\x1b[J")
-            self.console.print(f"thought {len(thought)} characters ... {thought[-FOLDED // 2 :]}", style="dim italic", markup=False)
+            self.console.print(
+                f"thought {len(thought)} characters ... {thought[-FOLDED // 2 :]}", style="dim italic", markup=False
+            )
         else:
             self.console.print()
 

@@ -26,10 +26,11 @@ class ArithmeticConfig(Frozen):
 
 
 class Arithmetic:
-    tools = ("calculator",)
+    tools: tuple[str, ...] = ("calculator",)
 
     def __init__(self, config: ArithmeticConfig) -> None:
-        self.config, self.name = config, config.name
+        self.config = config
+        self.name: str = config.name
         self.levels = tuple(sorted(set(config.levels)))
 
     def problem(self, split: Split, index: int, level: int | None = None) -> Problem:

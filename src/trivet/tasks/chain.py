@@ -41,7 +41,8 @@ class Chain:
     tools: tuple[str, ...] = ()
 
     def __init__(self, config: ChainConfig) -> None:
-        self.config, self.name = config, config.name
+        self.config = config
+        self.name: str = config.name
         self.levels = tuple(range(config.min_steps, config.max_steps + 1))
 
     def problem(self, split: Split, index: int, level: int | None = None) -> Problem:

@@ -24,7 +24,7 @@ class GymConfig(Frozen):
 
 class Gym:
     tools: tuple[str, ...] = ()
-    levels = (0,)
+    levels: tuple[int, ...] = (0,)
 
     def __init__(self, config: GymConfig) -> None:
         try:
@@ -46,7 +46,9 @@ class Gym:
         for step in range(1000):
             entry = self.data[(start + step) % SIZE]
             if is_test(entry["question"]) == (split == "test"):
-                return Problem(f"{self.name}-{split}-{index}", entry["question"], str(entry["answer"]), 0, {"entry": entry})
+                return Problem(
+                    f"{self.name}-{split}-{index}", entry["question"], str(entry["answer"]), 0, {"entry": entry}
+                )
         raise UserError(f"{self.name} has too few different problems for a {split} split.")
 
     def demonstrate(self, problem: Problem, rng: random.Random) -> Demo:

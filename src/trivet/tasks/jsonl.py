@@ -48,10 +48,11 @@ class JsonlConfig(Frozen):
 
 class Jsonl:
     tools: tuple[str, ...] = ()
-    levels = (0,)
+    levels: tuple[int, ...] = (0,)
 
     def __init__(self, config: JsonlConfig) -> None:
-        self.config, self.name = config, config.name
+        self.config = config
+        self.name: str = config.name
         rows = self._read(config.path)
         if config.test_path is not None:
             self.rows = {"train": rows, "test": self._read(config.test_path)}
@@ -59,7 +60,9 @@ class Jsonl:
             self.rows = {s: [r for r in rows if is_test(r["prompt"]) == (s == "test")] for s in ("train", "test")}
         for split, found in self.rows.items():
             if not found:
-                raise UserError(f"{config.path} leaves no {split} problems ({len(rows)} lines in all); give more or a test_path.")
+                raise UserError(
+                    f"{config.path} leaves no {split} problems ({len(rows)} lines in all); give more or a test_path."
+                )
 
     def problem(self, split: Split, index: int, level: int | None = None) -> Problem:
         rows = self.rows[split]

@@ -29,10 +29,11 @@ class SearchConfig(Frozen):
 
 class Search:
     tools: tuple[str, ...] = ()
-    levels = (3,)
+    levels: tuple[int, ...] = (3,)
 
     def __init__(self, config: SearchConfig) -> None:
-        self.config, self.name = config, config.name
+        self.config = config
+        self.name: str = config.name
 
     def problem(self, split: Split, index: int, level: int | None = None) -> Problem:
         def make(rng: random.Random) -> tuple[str, tuple[list[int], int]]:

@@ -94,9 +94,7 @@ class TaskDocuments:
     `tools` are what the prompt lists, the same as at rollouts; the bare call syntax lists none.
     """
 
-    def __init__(
-        self, task: Task, chat: Chat, seed: int = 0, tools: Sequence[ToolSpec] = (), split: Split = "train"
-    ):
+    def __init__(self, task: Task, chat: Chat, seed: int = 0, tools: Sequence[ToolSpec] = (), split: Split = "train"):
         if task.tools and chat.markers.tool_syntax == "json" and {t.name for t in tools} != set(task.tools):
             raise UserError(
                 f"Task {task.name!r} calls {', '.join(task.tools)}, but its prompts would list "
@@ -226,8 +224,7 @@ def lay_out(rows: Sequence[Sequence[Document]], length: int, state: int = 0) -> 
             ids += document.ids[:-1]
             places += range(n)
             wanted += [
-                token if learn else IGNORE
-                for token, learn in zip(document.ids[1:], document.mask[1:], strict=True)
+                token if learn else IGNORE for token, learn in zip(document.ids[1:], document.mask[1:], strict=True)
             ]
             count += sum(document.mask[1:])
             context += n * (n + 1) // 2
@@ -236,6 +233,4 @@ def lay_out(rows: Sequence[Sequence[Document]], length: int, state: int = 0) -> 
         tokens.append(ids + [0] * rest)
         positions.append(places + [PADDING] * rest)
         targets.append(wanted + [IGNORE] * rest)
-    return Batch(
-        torch.tensor(tokens), torch.tensor(positions), torch.tensor(targets), count, filled, context, state
-    )
+    return Batch(torch.tensor(tokens), torch.tensor(positions), torch.tensor(targets), count, filled, context, state)

@@ -53,9 +53,7 @@ def token_logprobs(
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None, wanted: bool
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None, wanted: bool) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         if wanted:
             d_hidden = torch.empty_like(hidden)
@@ -98,9 +96,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, d_logprobs: Tensor, d_entropy: Tensor
-    ) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, d_logprobs: Tensor, d_entropy: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         hidden, weight, targets, entropy = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=torch.float32)

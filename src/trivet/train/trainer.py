@@ -107,8 +107,7 @@ def train(
                     raise KeyboardInterrupt
     except KeyboardInterrupt:
         raise Interrupted(
-            f"Stopped; step {run.saved} of {config.steps} is saved in {out}. "
-            "The same command goes on from there."
+            f"Stopped; step {run.saved} of {config.steps} is saved in {out}. The same command goes on from there."
         ) from None
     finally:
         run.close()
@@ -160,9 +159,7 @@ class _Run:
         self, model: Transformer, documents: Documents, config: TrainConfig, out: Path, device: torch.device | str
     ):
         self.model, self.config, self.out, self.device = model, config, out, device
-        self.optimizer = Optimizer(
-            model.optimizer_groups(), config.muon_lr, config.adam_lr, config.weight_decay
-        )
+        self.optimizer = Optimizer(model.optimizer_groups(), config.muon_lr, config.adam_lr, config.weight_decay)
         self.step, self.start, self.seconds = 0, 0, 0.0
         self.metrics: dict[str, Any] = {}
         self.totals = {"tokens": 0, "targets": 0, "slots": 0, "cut": 0}
@@ -193,9 +190,7 @@ class _Run:
         packed = [next(self.batches) for _ in range(config.accumulate)]
         self.sums = backward(self.model, [batch.to(self.device) for batch in packed], config.mtp_weight)
         self.norm = clip(self.optimizer.parameters(), config.clip)
-        self.rate = schedule(
-            self.step, config.steps, config.warmup, config.decay_share, config.final_lr, config.decay
-        )
+        self.rate = schedule(self.step, config.steps, config.warmup, config.decay_share, config.final_lr, config.decay)
         self.optimizer.step(self.rate)
         self.optimizer.zero_grad()
         self.model.update_router_bias(self.sums.loads)
@@ -327,13 +322,13 @@ class _Board:
             )
             self.writer = None
         else:
-            self.writer = SummaryWriter(str(folder), purge_step=step + 1)  # type: ignore[no-untyped-call]
+            self.writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         if self.writer is not None:
             for name, value in values.items():
-                self.writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+                self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         if self.writer is not None:
-            self.writer.close()  # type: ignore[no-untyped-call]
+            self.writer.close()

@@ -1,0 +1,80 @@
+"""`trivet eval`: a model directory on a task, at one or more thinking budgets."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from trivet.chat import Chat
+from trivet.config import UserError
+from trivet.measure.evaluate import evaluate
+from trivet.measure.results import Budget, Result
+from trivet.messages import Sampling
+from trivet.model import load_model
+from trivet.tasks import make_task
+
+
+def evaluate_directory(
+    directory: Path, task_name: str, settings: list[str], budgets: list[Budget], tools: bool, count: int,
+    sampling: Sampling, seed: int, as_json: bool, device: torch.device,
+) -> None:  # fmt: skip
+    """Print one line a budget (or a JSON list). Problems are of the task's test split."""
+    task = make_task({"name": task_name, **parse_settings(settings)})
+    model, chat = load_model(directory, device), Chat.load(directory)
+    results = []
+    for budget in budgets:
+        asked = Sampling(temperature=sampling.temperature, max_tokens=sampling.max_tokens, thinking=budget)
+        results.append(evaluate(model, chat, task, count=count, sampling=asked, tools=tools, seed=seed))
+    if as_json:
+        print(json.dumps([json.loads(r.model_dump_json(exclude={"samples"})) for r in results], indent=1))
+    else:
+        _print(task.name, results)
+
+
+def parse_settings(settings: list[str]) -> dict[str, Any]:
+    """`key=value` words as a task's settings; a value is TOML, a bare word is a string."""
+    parsed: dict[str, Any] = {}
+    for setting in settings:
+        key, eq, text = setting.partition("=")
+        if not eq or not key:
+            raise UserError(f"--set {setting!r} should read KEY=VALUE, for example max_steps=12.")
+        try:
+            parsed[key] = tomllib.loads(f"v = {text}")["v"]
+        except tomllib.TOMLDecodeError:
+            parsed[key] = text
+    return parsed
+
+
+def _print(name: str, results: list[Result]) -> None:
+    table = Table(
+        title=f"{name}, {results[0].questions} unseen problems, T = {results[0].temperature:g}",
+        box=None,
+        title_justify="left",
+    )
+    for column in (
+        "thinking",
+        "accuracy",
+        "95% interval",
+        "thinks",
+        "tool",
+        "budget hit",
+        "cut off",
+        "tokens",
+        "not graded",
+        "tok/s",
+    ):
+        table.add_column(column, justify="right")
+    for r in results:
+        thinking = "unlimited" if r.thinking is None else str(r.thinking)
+        table.add_row(
+            thinking, f"{r.accuracy.mean:.3f}", f"[{r.accuracy.low:.3f}, {r.accuracy.high:.3f}]".replace("[", "\\["),
+            *(f"{share:.0%}" for share in (r.thinks, r.calls_tool, r.budget_hit, r.truncated)), f"{r.mean_tokens:.1f}",
+            str(sum(n for status, n in r.statuses.items() if status != "ok")), f"{r.tokens_per_second:,.0f}",
+        )  # fmt: skip
+    Console(highlight=False).print(table)
