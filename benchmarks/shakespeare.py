@@ -4,7 +4,7 @@ nanoGPT's CPU setting on its Shakespeare characters (first 90% train, last 10% v
 width 128, block 64, batch 12, 2000 steps, no dropout. nanoGPT publishes a validation loss of 1.88.
 Here the loss is over the whole validation part, in consecutive windows of 64 characters.
 
-    python benchmarks/shakespeare.py --text ../shared/data/shakespeare/input.txt --seeds 0,1,2
+    python benchmarks/shakespeare.py --text input.txt --seeds 0,1,2
 
 One process a run, `--jobs` at a time. The loss does not depend on the machine; tokens/s and memory do,
 so take those from `--jobs 1`.
@@ -105,7 +105,7 @@ def run(variant: str, seed: int, text: Path, steps: int, threads: int) -> dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, default=Path("../shared/data/shakespeare/input.txt"))
+    parser.add_argument("--text", type=Path, required=True, help="nanoGPT's shakespeare_char/input.txt")
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--steps", type=int, default=2000)

@@ -86,15 +86,16 @@ def test_absorbed_equals_expanded(name: str) -> None:
     memory = torch.randn(batch, slots, s.cache_per_token(), generator=g, requires_grad=True)
     mask = torch.rand(batch, 1, length, slots, generator=g) < 0.7
     mask[..., 0] = True
+    layout = Layout(None, batch, length, torch.device("cpu"), span=slots, _masks={None: mask})
     direction = torch.randn(batch, length, s.heads, s.v_dim, generator=g)
     leaves = (q_nope, q_rope, memory, mixer.kv_up.weight)
-    a, b = mixer.absorbed(q_nope, q_rope, memory, mask), mixer.expanded(q_nope, q_rope, memory, mask)
+    a, b = mixer.absorbed(q_nope, q_rope, memory, layout), mixer.expanded(q_nope, q_rope, memory, layout)
     assert gap(a, b) < 1e-5
     for da, db in zip(*(torch.autograd.grad((y * direction).sum(), leaves) for y in (a, b)), strict=True):
         assert gap(da, db) < 1e-5
     with torch.no_grad():
         mixer.kv_up.weight[1] += 0.01  # one row of head 0's W_uk
-    assert gap(mixer.absorbed(q_nope, q_rope, memory, mask), b) > 1e-4
+    assert gap(mixer.absorbed(q_nope, q_rope, memory, layout), b) > 1e-4
 
 
 def test_one_cached_query_takes_the_absorbed_form(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from string import ascii_lowercase
 
 import pytest
 
@@ -68,8 +69,9 @@ def test_levels_are_balanced_and_can_be_fixed() -> None:
 def test_chain_by_hand() -> None:
     chain = make_task({"name": "chain"})
     problem = chain.problem("test", 5)
-    value = int(problem.prompt[0])
-    for operator, digit in zip(problem.prompt[1:-1:2], problem.prompt[2:-1:2], strict=True):
+    value, steps = int(problem.prompt[0]), problem.prompt[1:-1]
+    for label, operator, digit in zip(steps[::3], steps[1::3], steps[2::3], strict=True):
+        assert label in ascii_lowercase and label + operator + digit in problem.meta["thought"]
         value = {"+": value + int(digit), "-": value - int(digit), "*": value * int(digit)}[operator] % 10
     assert str(value) == problem.answer
 

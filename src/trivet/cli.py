@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -47,8 +49,9 @@ def run(config: ConfigFile, overrides: Overrides = None, out: Out = Path("runs/r
     from trivet.recipes.stages import Recipe, run_recipe
 
     recipe = load(config, Recipe, overrides or [])
-    with Live() as live:
-        run_recipe(recipe, out, _device(device, recipe.threads), live.watch, live.say)
+    on = _device(device, recipe.threads)
+    with _interruptible(), Live() as live:
+        run_recipe(recipe, out, on, live.watch, live.say)
 
 
 @app.command()
@@ -147,9 +150,20 @@ def _one_stage(config: Path, schema: Any, overrides: list[str] | None, out: Path
     from trivet.recipes.stages import Context, run_stage
 
     stage = load(config, schema, overrides or [])
-    with Live() as live:
+    on = _device(device, stage.threads)
+    with _interruptible(), Live() as live:
         progress = live.watch(out.name, stage)
-        run_stage(stage, Context(out, out.parent, None, _device(device), progress, live.say))
+        run_stage(stage, Context(out, out.parent, None, on, progress, live.say))
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """An interrupt is no crash: it ends with what there is to say about going on."""
+    try:
+        yield
+    except KeyboardInterrupt as e:
+        print(f"\ntrivet: {e or 'stopped'}", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def _device(name: str, threads: int = 0) -> torch.device:
@@ -183,14 +197,11 @@ def _budgets(text: str, no_think: bool) -> list[Any]:
 
 
 def main() -> None:
-    """Entry point: what a person can mend is one sentence, and an interrupt is no crash."""
+    """Entry point: what a person can mend is one sentence."""
     try:
         app(standalone_mode=True)
     except UserError as e:
         sys.exit(f"trivet: {e}")
-    except KeyboardInterrupt as e:
-        print(f"\ntrivet: {e or 'stopped'}", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # `trivet ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -10,7 +10,8 @@ import difflib
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -71,11 +72,12 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 def explain(error: ValidationError, schema: type[BaseModel]) -> str:
     """The first problem of a ValidationError as one sentence a person can act on."""
-    first = error.errors()[0]
-    path = [str(p) for p in first["loc"]]
+    errors = error.errors()
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])  # a mistyped key is missing, too
+    path, known = _walk(schema, [str(p) for p in first["loc"]])
     name = ".".join(path) or "the file"
     if first["type"] == "extra_forbidden":
-        return f"unknown key {name!r}.{nearest(path[-1], _keys_at(schema, path[:-1]))}"
+        return f"unknown key {name!r}.{nearest(path[-1], known)}"
     if first["type"] == "missing":
         return f"{name!r} is missing."
     message = first["msg"].removeprefix("Value error, ")
@@ -89,22 +91,50 @@ def explain(error: ValidationError, schema: type[BaseModel]) -> str:
     return f"{name!r}: {message[0].lower()}{message[1:]}{shown}.{hint}"
 
 
-def _keys_at(schema: type[BaseModel], path: Sequence[str]) -> list[str]:
-    """The keys that are valid at `path`, looking through tables, lists, unions and their tags."""
-    models: list[type[BaseModel]] = [schema]
+def _walk(schema: type[BaseModel], path: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A validation error's path as a person wrote it, and the keys that are valid where it ends.
+
+    pydantic puts the tag or type of a union's member into the path; the file has no such level.
+    """
+    shown: list[str] = []
+    keys: list[str] = []
+    at: Any = schema
     for part in path:
-        inner: list[type[BaseModel]] = []
-        for model in models:
-            if part in model.model_fields:
-                inner += _models_in(model.model_fields[part].annotation)
-        models = inner or models  # a table's own key, a list index or a union tag: stay
-    return sorted({key for model in models for key in model.model_fields})
+        options = _options(at)
+        if len(options) > 1:  # a union: this part says which member
+            at = next((option for option in options if part in _tags(option)), None)
+            continue
+        at = options[0] if options else None
+        shown.append(part)
+        if _is_model(at):
+            keys = sorted(at.model_fields)
+            at = at.model_fields[part].annotation if part in at.model_fields else None
+        else:  # a table's own key, or a place in a list
+            arguments = [a for a in get_args(at) if a is not ...]
+            at = arguments[-1] if arguments else None
+    return shown, keys
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    found: list[type[BaseModel]] = []
-    for arg in getattr(annotation, "__args__", ()):
-        found += _models_in(arg)
-    return found
+def _options(annotation: Any) -> list[Any]:
+    """The members of a union, None left out; anything else is its own only member."""
+    if get_origin(annotation) is Annotated:
+        return _options(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [option for part in get_args(annotation) if part is not NoneType for option in _options(part)]
+    return [] if annotation is None else [annotation]
+
+
+def _tags(option: Any) -> list[Any]:
+    """The literal values by which a member of a discriminated union is told apart."""
+    if not _is_model(option):
+        return []
+    return [
+        tag
+        for f in option.model_fields.values()
+        if get_origin(f.annotation) is Literal
+        for tag in get_args(f.annotation)
+    ]
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

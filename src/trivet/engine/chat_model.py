@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 from trivet.chat import Chat
 from trivet.engine.engine import Engine
-from trivet.engine.request import Request
-from trivet.messages import Completion, Event, Message, Sampling, ToolSpec
+from trivet.engine.request import NoRoom, Request
+from trivet.messages import Completion, Event, Message, Sampling, StopReason, ToolSpec
 
 R = TypeVar("R")
 
@@ -30,7 +30,9 @@ class EngineModel:
 
     async def complete(self, messages: Sequence[Message], tools: Sequence[ToolSpec], sampling: Sampling) -> Message:
         request = self.request(messages, tools, sampling)
-        id = self.engine.add(request)
+        id = self._add(request, messages)
+        if id is None:
+            return self.message(request, _out_of_room(request))
         future = asyncio.get_running_loop().create_future()
         self._futures[id] = future
         while not self._driven and not future.done():
@@ -42,10 +44,10 @@ class EngineModel:
     ) -> AsyncIterator[Event]:
         """The same completion, piece by piece; the last event is "done" and carries the message."""
         request = self.request(messages, tools, sampling)
-        id = self.engine.add(request)
+        id = self._add(request, messages)
         splitter, seen = self.chat.splitter(self.chat.thinking_open(request.prompt)), 0
-        completion: Completion | None = None
-        while completion is None:
+        completion = _out_of_room(request) if id is None else None
+        while id is not None and completion is None:
             completion = dict(self.engine.step()).get(id)
             tokens = completion.tokens if completion is not None else self.engine.so_far(id)
             for event in splitter.push(tokens[seen:]):
@@ -53,6 +55,7 @@ class EngineModel:
             seen = len(tokens)
         for event in splitter.finish():
             yield event
+        assert completion is not None
         yield Event("done", message=self.message(request, completion))
 
     def run(self, coroutines: Sequence[Coroutine[Any, Any, R]]) -> list[R]:
@@ -64,15 +67,15 @@ class EngineModel:
         self._driven = True
         try:
             while not all(task.done() for task in tasks):
-                live = sum(not task.done() for task in tasks)
-                if len(self._futures) < live:
+                for task in tasks:
+                    if task.done():
+                        task.result()  # whatever one raised ends all of them
+                if len(self._futures) < sum(not task.done() for task in tasks):
                     await asyncio.sleep(0)  # some can go on by themselves
-                    if any(task.done() and task.exception() for task in tasks):
-                        break
                 else:
                     self._advance()
                     await asyncio.sleep(0)
-            return [await task for task in tasks]
+            return [task.result() for task in tasks]
         finally:
             self._driven = False
             for task in tasks:
@@ -101,6 +104,20 @@ class EngineModel:
                 used += message.completion.reasoning_tokens
         return Request(tuple(rendered.ids), sampling, used, stop_on_tool=bool(tools))
 
+    def _add(self, request: Request, messages: Sequence[Message]) -> int | None:
+        """Queue a request; None where what its own tools answered has used up the room that was left."""
+        try:
+            return self.engine.add(request)
+        except NoRoom:
+            if messages[-1].role == "tool":
+                return None
+            raise
+
     def message(self, request: Request, completion: Completion) -> Message:
         parsed = self.chat.parse(completion.tokens, self.chat.thinking_open(request.prompt))
         return replace(parsed, cut=completion.budget_hit, completion=completion)
+
+
+def _out_of_room(request: Request) -> Completion:
+    """An episode that ends because nothing more fits: no tokens, and the reason."""
+    return Completion("", (), (), (), (), StopReason.LENGTH, request.prompt)

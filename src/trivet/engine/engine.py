@@ -72,6 +72,7 @@ class Engine:
         self._waiting: deque[Live] = deque()
         self._rows: list[Live | None] = []  # dense: row -> request, None where it has ended
         self._by_id: dict[int, Live] = {}
+        self._ended: list[tuple[int, Completion]] = []  # since the last step returned
         self._caches: list[LayerCache] = []
         self._capacity = 0
         self._allocate(0)
@@ -86,7 +87,7 @@ class Engine:
         return live.id
 
     def cancel(self, id: int) -> None:
-        """End a request now, with what it has so far."""
+        """End a request now, with what it has so far; the next step returns it."""
         live = self._by_id.get(id)
         if live is None:
             return
@@ -120,13 +121,13 @@ class Engine:
     def step(self) -> list[tuple[int, Completion]]:
         """Admit what fits, feed every row one token; returns what ended."""
         began = time.perf_counter()
-        self._ended: list[tuple[int, Completion]] = []
         self._admit()
         if any(self._rows):
             self._decode()
         self._compact()
         self.stats.seconds += time.perf_counter() - began
-        return self._ended
+        ended, self._ended = self._ended, []
+        return ended
 
     def _admit(self) -> None:
         free = self.max_rows - len(self._rows)

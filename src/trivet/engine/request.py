@@ -21,6 +21,10 @@ from trivet.messages import Sampling
 UNLIMITED = 2**31
 
 
+class NoRoom(UserError):
+    """The sequence can't hold one more answer. In the middle of an episode that is its end, not a mistake."""
+
+
 @dataclass(frozen=True)
 class Request:
     """What to continue and how.
@@ -66,7 +70,7 @@ class Limits:
         if not request.prompt:
             raise UserError("A request needs at least one prompt token.")
         if len(request.prompt) >= slots:
-            raise UserError(
+            raise NoRoom(
                 f"The prompt has {len(request.prompt)} tokens, this engine holds {slots} a sequence, answer included."
             )
         budget = (
@@ -82,7 +86,7 @@ class Limits:
         if last < 0:  # a reserve larger than the room shrinks to what is left after closing
             last = max(room - len(chat.closing_ids) - 1, 0)
         if opened and room < len(chat.closing_ids):
-            raise UserError(
+            raise NoRoom(
                 f"max_tokens leaves {room} tokens, too few to close the open thought ({len(chat.closing_ids)} tokens)."
             )
         return cls(opened, budget, last)

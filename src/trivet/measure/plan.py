@@ -56,7 +56,7 @@ def price(name: str, spec: ModelSpec, context: int) -> dict[str, Any]:
 def find_spec(path: Path) -> ModelSpec:
     """The spec in a model directory, or in the `[model]` (or first stage with one) of a TOML file.
 
-    A run file leaves vocab_size to its tokenizer; the built-in tiny tokenizer's size stands in for it.
+    A run file leaves vocab_size to its tokenizer.
     """
     config = path / "config.json"
     if config.is_file():
@@ -67,8 +67,15 @@ def find_spec(path: Path) -> ModelSpec:
     tables = [data, *data.get("stages", {}).values()]
     for table in tables:
         if "model" in table:
-            return validate({"vocab_size": TINY_VOCAB, **table["model"]}, ModelSpec, f"{path} [model]")
+            return validate({"vocab_size": _vocab(table), **table["model"]}, ModelSpec, f"{path} [model]")
     raise UserError(f"{path} describes no model: it has no [model] table.")
 
 
-TINY_VOCAB = 64
+def _vocab(table: dict[str, Any]) -> int:
+    """How many tokens a run's tokenizer will have; "bpe:SIZE" is taken at its word."""
+    from trivet.chat import Chat, tiny_chat
+
+    kind, _, size = str(table.get("tokenizer", "tiny")).partition(":")
+    if kind == "bpe" and size.isdigit():
+        return int(size)
+    return tiny_chat().vocab_size if kind == "tiny" else Chat.load(Path(table["tokenizer"])).vocab_size

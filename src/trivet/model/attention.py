@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trivet.model.cache import KVCache
-from trivet.model.layers import Layout, Linear, RMSNorm, apply_rope
+from trivet.model.layers import Layout, Linear, RMSNorm, apply_rope, causal
 from trivet.spec import GQA
 
 
@@ -39,13 +39,11 @@ class Attention(nn.Module):
         k = self.k_norm(self.k_proj(x).unflatten(-1, (s.kv_heads, s.head_dim)))  # [B,T,K,hd]
         v = self.v_proj(x).unflatten(-1, (s.kv_heads, s.head_dim))
         q, k = self._rotate(q, layout), self._rotate(k, layout)
-        if cache is None:
-            k, v = k.transpose(1, 2), v.transpose(1, 2)  # [B,K,T,hd]
-        else:
+        if cache is not None:
             assert layout.positions is not None and layout.span is not None
-            k, v = cache.update(k, v, layout.positions, layout.span)  # [B,K,S,hd]
-        y = attend(q.transpose(1, 2), k, v, layout.mask(s.window), s.head_dim**-0.5)  # [B,H,T,hd]
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+            k, v = (x.transpose(1, 2) for x in cache.update(k, v, layout.positions, layout.span))  # [B,S,K,hd]
+        y = attend_documents(q, k, v, layout, s.head_dim**-0.5, s.window)  # [B,T,H,hd]
+        return self.o_proj(y.flatten(2))
 
     def _rotate(self, x: Tensor, layout: Layout) -> Tensor:
         rope = self.spec.rope
@@ -53,6 +51,27 @@ class Attention(nn.Module):
             return x
         turned = apply_rope(x[..., : rope.dims], layout.rotation(rope), rope.interleaved)
         return turned if rope.dims == x.shape[-1] else torch.cat((turned, x[..., rope.dims :]), -1)
+
+
+def attend_documents(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None = None
+) -> Tensor:
+    """Attention within each document of a call: q [B,T,H,hd], k [B,S,K,hd], v [B,S,K,vd] -> [B,T,H,vd].
+
+    Two forms: masked rows, or document by document where packed rows would mostly compute what is masked.
+    """
+    apart = layout.apart()
+    if apart is None:
+        return _attend_rows(q, k, v, layout.mask(window), scale)
+    done = []
+    for one_q, one_k, one_v in zip(apart.split(q), apart.split(k), apart.split(v), strict=True):
+        mask = None if window is None else causal(one_q.shape[1], window, q.device)
+        done.append(_attend_rows(one_q, one_k, one_v, mask, scale))
+    return apart.join(done, len(q))
+
+
+def _attend_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, scale).transpose(1, 2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trivet.model.packed import WORTH_IT, Apart
 from trivet.spec import Rope, Yarn
 
 
@@ -120,6 +121,7 @@ class Layout:
     _rotations: dict[Rope, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
     _documents: Tensor | None = None
+    _apart: Apart | None = None
 
     @property
     def cached(self) -> bool:
@@ -147,6 +149,14 @@ class Layout:
             self._documents = (at == 0).cumsum(-1).expand(self.batch, -1)
         return self._documents
 
+    def apart(self) -> Apart | None:
+        """How to lay a packed row's documents out one by one, or None where that saves attention no work."""
+        if self.positions is None or self.cached or self.device.type != "cpu":
+            return None  # on a GPU it would cost a host sync, and fused kernels skip what is masked
+        if self._apart is None:
+            self._apart = Apart.of(self.positions)
+        return self._apart if self._apart.pairs < WORTH_IT * self.batch * self.length**2 else None
+
     def _counting(self) -> Tensor:
         return torch.arange(self.length, device=self.device).unsqueeze(0)
 
@@ -159,13 +169,14 @@ class Layout:
             if window is not None:
                 seen = seen & (slot > at.clamp_min(0) - window)
             return seen.unsqueeze(1)
-        if self.positions is None and window is None:
-            return None
-        index = torch.arange(self.length, device=self.device)
-        seen = index.unsqueeze(-1) >= index  # [T,T]
-        if window is not None:
-            seen = seen & (index.unsqueeze(-1) - index < window)
         if self.positions is None:
-            return seen.expand(1, 1, -1, -1)
+            return None if window is None else causal(self.length, window, self.device)
         doc = self.documents()
-        return (seen & (doc.unsqueeze(-1) == doc.unsqueeze(-2))).unsqueeze(1)
+        same = (doc.unsqueeze(-1) == doc.unsqueeze(-2)).unsqueeze(1)
+        return same & causal(self.length, window or self.length, self.device)
+
+
+def causal(length: int, window: int, device: torch.device) -> Tensor:
+    """Who sees whom in one document, bool [1,1,T,T]: a token sees itself and window-1 before it."""
+    distance = torch.arange(length, device=device).unsqueeze(-1) - torch.arange(length, device=device)
+    return ((distance >= 0) & (distance < window))[None, None]

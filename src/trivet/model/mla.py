@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from trivet.model.attention import attend
+from trivet.model.attention import attend, attend_documents
 from trivet.model.cache import LatentCache
 from trivet.model.layers import Layout, Linear, RMSNorm, apply_rope, yarn_temperature
 from trivet.spec import MLA
@@ -59,10 +59,10 @@ class LatentAttention(nn.Module):
             assert layout.positions is not None and layout.span is not None
             memory = cache.update(memory, layout.positions, layout.span)  # [B,S,C+rope]
         form = self.absorbed if cache is not None and x.shape[1] == 1 else self.expanded
-        y = form(q_nope, q_rope, memory, layout.mask())  # [B,T,H,v]
+        y = form(q_nope, q_rope, memory, layout)  # [B,T,H,v]
         return self.o_proj(y.flatten(2))
 
-    def expanded(self, q_nope: Tensor, q_rope: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
+    def expanded(self, q_nope: Tensor, q_rope: Tensor, memory: Tensor, layout: Layout) -> Tensor:
         """Form every head's keys and values from the latents, then attend. -> [B,T,H,v]"""
         s = self.spec
         latent, k_rope = memory.split((s.kv_rank, s.rope.dims), -1)
@@ -70,10 +70,9 @@ class LatentAttention(nn.Module):
         k_nope, v = kv.split((s.nope_dim, s.v_dim), -1)
         k = torch.cat((k_nope, k_rope.unsqueeze(2).expand(-1, -1, s.heads, -1)), -1)
         q = torch.cat((q_nope, q_rope), -1)
-        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, self.scale)
-        return y.transpose(1, 2)
+        return attend_documents(q, k, v, layout, self.scale)
 
-    def absorbed(self, q_nope: Tensor, q_rope: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
+    def absorbed(self, q_nope: Tensor, q_rope: Tensor, memory: Tensor, layout: Layout) -> Tensor:
         """Attend over the latents themselves: one (C+rope)-wide key, one C-wide value. -> [B,T,H,v]"""
         s = self.spec
         up = self.kv_up.weight.view(s.heads, s.nope_dim + s.v_dim, s.kv_rank)  # [H,nope+v,C]
@@ -83,6 +82,6 @@ class LatentAttention(nn.Module):
         q_c = (q_nope.flatten(0, 1).transpose(0, 1) @ w_uk).transpose(0, 1)  # [B*T,H,C]
         q = torch.cat((q_c.unflatten(0, (batch, length)), q_rope), -1)  # [B,T,H,C+rope]
         # The values are the latents; the rotated key rides along, which is cheaper than cutting it off.
-        y = attend(q.transpose(1, 2), memory.unsqueeze(1), memory.unsqueeze(1), mask, self.scale)
+        y = attend(q.transpose(1, 2), memory.unsqueeze(1), memory.unsqueeze(1), layout.mask(), self.scale)
         y = y[..., : s.kv_rank].transpose(1, 2).flatten(0, 1).transpose(0, 1)  # [H,B*T,C]
         return (y @ w_uv.transpose(-1, -2)).transpose(0, 1).unflatten(0, (batch, length))

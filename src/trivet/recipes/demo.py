@@ -11,6 +11,8 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,13 +38,15 @@ from trivet.measure.results import (
 )  # fmt: skip
 from trivet.messages import Sampling
 from trivet.model import Routing, Transformer, load_model
+from trivet.recipes.workers import Tell, side_by_side
 from trivet.tasks import Task, make_task
 from trivet.train.data import Mixture, PackedBatches, TaskDocuments
 
 if TYPE_CHECKING:
     from trivet.recipes.stages import Context, ReportStage
 
-CHAIN_BUDGETS: tuple[Budget, ...] = (0, 7, 13, 19, 25, None)  # a step is 3 tokens, the start 1
+CHAIN_BUDGETS: tuple[Budget, ...] = (0, 9, 17, 25, 33, None)  # a step is 4 tokens, the start 1
+MAX_TOKENS = {"chain": 96, "longer chain": 128, "arithmetic": 96, "search": 256}
 SEARCH_BUDGETS: tuple[Budget, ...] = (0, 13, 26, 52, 104, 208)  # an attempt is 13 tokens
 
 
@@ -101,7 +105,7 @@ def report(stage: ReportStage, context: Context) -> dict[str, Any]:
     names = [name for name in (stage.cold, stage.final, stage.dense) if name is not None]
     models = {name: load_model(context.run / name, context.device).eval() for name in names}
     chats = {name: Chat.load(context.run / name) for name in names}
-    found = _measure(stage, context, names, models, chats)
+    found = _measure(stage, context, names)
     seconds = _seconds(context)
     results = summarise(stage, found)
     results["seconds"] = sum(seconds.values()) + time.perf_counter() - began
@@ -122,28 +126,50 @@ def report(stage: ReportStage, context: Context) -> dict[str, Any]:
     return {"points": len(found), "seconds": results["stage_seconds"][context.out.name]}
 
 
-def _measure(
-    stage: ReportStage, context: Context, names: list[str], models: dict[str, Transformer], chats: dict[str, Chat]
-) -> dict[Point, Result]:
-    tasks, journal = tasks_of(stage), Journal(context.out / "points.jsonl")
-    known = {line["key"]: line["result"] for line in journal.read()}
-    found: dict[Point, Result] = {}
-    wanted = list(points(names))
-    for i, point in enumerate(wanted, 1):
-        if point.key in known:
-            found[point] = Result.model_validate(known[point.key])
-        else:
-            sampling = Sampling(
-                temperature=point.temperature, thinking=point.thinking, max_tokens=256 if point.task == "search" else 96
-            )
-            found[point] = evaluate(
-                models[point.model], chats[point.model], tasks[point.task],
-                count=stage.count, sampling=sampling, tools=point.tools, seed=stage.seed,
-            )  # fmt: skip
-            journal.append(i, key=point.key, result=json.loads(found[point].model_dump_json()))
+def _measure(stage: ReportStage, context: Context, names: list[str]) -> dict[Point, Result]:
+    """All points, those of an interrupted run from its journal; on a CPU a process for each thread."""
+    journal = Journal(context.out / "points.jsonl")
+    wanted = {point.key: point for point in points(names)}
+    known = {line["key"]: Result.model_validate(line["result"]) for line in journal.read()}
+
+    def keep(key: str, result: Result) -> None:
+        known[key] = result
+        journal.append(len(known), key=key, result=json.loads(result.model_dump_json()))
         if context.progress is not None:
-            context.progress({"step": i, "steps": len(wanted), "point": point.key})
-    return found
+            context.progress({"step": len(known), "steps": len(wanted), "point": key})
+
+    jobs = {
+        key: partial(_one_point, stage, context.run, point, context.device)
+        for key, point in wanted.items()
+        if key not in known
+    }
+    workers = (stage.threads or torch.get_num_threads()) if context.device.type == "cpu" else 1
+    if workers == 1:
+        for key, job in jobs.items():
+            keep(key, job(None))
+    elif jobs:
+        for key, result in side_by_side(jobs, workers, 1, lambda name, message: None):
+            keep(key, result)
+    return {point: known[key] for key, point in wanted.items()}
+
+
+def _one_point(stage: ReportStage, run: Path, point: Point, device: torch.device, tell: Tell | None) -> Result:
+    model, chat = _load(run / point.model, device)
+    sampling = Sampling(temperature=point.temperature, thinking=point.thinking, max_tokens=MAX_TOKENS[point.task])
+    return evaluate(
+        model,
+        chat,
+        tasks_of(stage)[point.task],
+        count=stage.count,
+        sampling=sampling,
+        tools=point.tools,
+        seed=stage.seed,
+    )
+
+
+@lru_cache(maxsize=4)
+def _load(directory: Path, device: torch.device) -> tuple[Transformer, Chat]:
+    return load_model(directory, device).eval(), Chat.load(directory)
 
 
 # ------------------------------------------------------------------------------------------- summaries

@@ -27,7 +27,7 @@ class Live:
             TextColumn("{task.fields[figures]}"),
         )
         self.bars = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
-        self.printed = 0.0
+        self.printed: dict[str, float] = {}
 
     def __enter__(self) -> Live:
         if self.console.is_terminal:
@@ -37,7 +37,8 @@ class Live:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.bars.stop()
+        if self.console.is_terminal:
+            self.bars.stop()
 
     def say(self, text: str) -> None:
         self.console.print(text, style="dim", markup=False)
@@ -51,8 +52,8 @@ class Live:
             self.bars.update(bar, completed=metrics["step"], total=total, figures=figures)
             now = time.monotonic()
             last = total is not None and metrics["step"] >= total
-            if not self.console.is_terminal and (last or now - self.printed >= LINE_EVERY):
-                self.printed = now
+            if not self.console.is_terminal and (last or now - self.printed.get(name, 0.0) >= LINE_EVERY):
+                self.printed[name] = now
                 self.console.print(f"{name:10s} {metrics['step']:6d}/{total or '?'}  {figures}", markup=False)
 
         return show
@@ -68,6 +69,7 @@ def _steps(stage: Stage) -> int | None:
 SHOWN = {
     "loss": "loss {:.3f}",
     "reward": "reward {:.3f}",
+    "no_spread": "no spread {:.0%}",
     "point": "{}",
     "tokens_per_second": "{:,.0f} tok/s",
     "mfu": "mfu {:.0%}",

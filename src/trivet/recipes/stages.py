@@ -14,19 +14,21 @@ is refused, never silently reused.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from trivet.chat import Chat, bpe_chat, tiny_chat
-from trivet.config import UserError, nearest
+from trivet.config import UserError, explain, nearest
 from trivet.disk import atomic_dir, write_atomic
 from trivet.messages import Message
 from trivet.model import Transformer, load_model, save_model
+from trivet.recipes.workers import Tell, side_by_side
 from trivet.rl.learner import RLConfig, learn
 from trivet.spec import Frozen, ModelSpec
 from trivet.tasks import Split, Task, make_task
@@ -49,6 +51,7 @@ class TrainStage(Frozen):
     tokenizer: str = Field(default="tiny", description="'tiny', 'bpe:SIZE' (trained on the data), or a directory")
     tasks: tuple[dict[str, Any], ...] = Field(default=(), description="tasks to imitate: name, weight, settings")
     text: str | None = Field(default=None, description="a plain-text file to pretrain on, instead of tasks")
+    threads: int = Field(default=0, ge=0, description="CPU threads; 0: the recipe's. Fewer let stages run side by side")
     train: TrainConfig
 
     @model_validator(mode="after")
@@ -58,7 +61,10 @@ class TrainStage(Frozen):
         if (not self.tasks) == (self.text is None):
             raise ValueError("give either `tasks` or `text` to train on")
         if self.model is not None:
-            ModelSpec.model_validate({"vocab_size": 1, **self.model})
+            try:
+                ModelSpec.model_validate({"vocab_size": 1, **self.model})
+            except ValidationError as e:
+                raise ValueError(f"model: {explain(e, ModelSpec).rstrip('.')}") from None
         return self
 
 
@@ -68,6 +74,7 @@ class RLStage(Frozen):
     kind: Literal["rl"] = "rl"
     start: str = Field(description="stage or model directory to start from")
     tasks: tuple[dict[str, Any], ...] = Field(min_length=1, description="tasks to learn: name, weight, settings")
+    threads: int = Field(default=0, ge=0, description="CPU threads; 0: the recipe's. Fewer let stages run side by side")
     rl: RLConfig
 
 
@@ -82,6 +89,7 @@ class ReportStage(Frozen):
     short_chains: tuple[int, int] = Field(description="steps of the chains for thinking and budgets, from and to")
     longer_chains: tuple[int, int] = Field(description="steps of chains longer than any that SFT showed")
     seed: int = 1
+    threads: int = Field(default=0, ge=0, description="CPU threads, a process each; 0: the recipe's")
 
 
 Stage = Annotated[TrainStage | RLStage | ReportStage, Field(discriminator="kind")]
@@ -123,11 +131,64 @@ def run_recipe(
     watch: Callable[[str, Stage], Progress | None],
     say: Callable[[str], None],
 ) -> None:
-    """Run all stages of a recipe. `watch(name, stage)` gives each stage its progress display."""
-    for name, stage in recipe.stages.items():
-        stage = reseed(stage, recipe.seed)
-        progress = watch(name, stage)
-        run_stage(stage, Context(run / name, run, recipe, device, progress, say))
+    """Run all stages of a recipe. `watch(name, stage)` gives each stage its progress display.
+
+    Stages that wait for nothing run side by side as far as the recipe's threads go. How many threads a
+    stage has is its own setting and not a matter of what runs beside it, so its result isn't either.
+    """
+    stages = {name: reseed(stage, recipe.seed) for name, stage in recipe.stages.items()}
+    for wave in waves(stages, recipe.threads if device.type == "cpu" else 0):
+        shows = {name: watch(name, stages[name]) for name in wave}
+        contexts = {name: Context(run / name, run, recipe, device, shows[name], say) for name in wave}
+        if len(wave) > 1:
+            _run_beside({name: stages[name] for name in wave}, contexts)
+        else:
+            torch.set_num_threads(stages[wave[0]].threads or recipe.threads or torch.get_num_threads())
+            run_stage(stages[wave[0]], contexts[wave[0]])
+
+
+def waves(stages: Mapping[str, Stage], threads: int) -> list[list[str]]:
+    """The stages in the order in which they run, those of a wave side by side: equal threads, `threads` in all."""
+    left, found = list(stages), []
+    while left:
+        ready = [name for name in left if not inputs(stages[name]) & set(left)] or left[:1]
+        first = ready[0]
+        each = stages[first].threads
+        room = threads // each if each else 1
+        wave = [name for name in ready if stages[name].threads == each][: max(room, 1)]
+        left = [name for name in left if name not in wave]
+        found.append(wave)
+    return found
+
+
+def inputs(stage: Stage) -> set[str]:
+    """Names of the stages that it reads from (or of directories)."""
+    if stage.kind == "report":
+        return {name for name in (stage.cold, stage.final, stage.dense) if name is not None}
+    return {stage.start} if stage.start is not None else set()
+
+
+def _run_beside(stages: Mapping[str, Stage], contexts: Mapping[str, Context]) -> None:
+    """Stages of equal threads, each in a process of its own."""
+    silent = {name: replace(context, progress=None, say=print) for name, context in contexts.items()}
+    jobs = {name: partial(_in_a_worker, stage, silent[name]) for name, stage in stages.items()}
+
+    def show(name: str, metrics: dict[str, Any]) -> None:
+        progress = contexts[name].progress
+        if progress is not None:
+            progress(metrics)
+
+    (threads,) = {stage.threads for stage in stages.values()}
+    for name, notes in side_by_side(jobs, len(jobs), threads, show):
+        for note in notes:
+            contexts[name].say(note)
+
+
+def _in_a_worker(stage: Stage, context: Context, tell: Tell) -> list[str]:
+    """`run_stage`, telling its progress and returning what it has to say."""
+    said: list[str] = []
+    run_stage(stage, replace(context, progress=tell, say=said.append))
+    return said
 
 
 def reseed(stage: Stage, seed: int) -> Stage:

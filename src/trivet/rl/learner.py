@@ -56,7 +56,7 @@ from trivet.train.checkpoint import load_latest, save_state
 from trivet.train.data import stable_hash
 from trivet.train.losses import token_logprobs
 from trivet.train.optim import Optimizer, clip
-from trivet.train.trainer import Interrupted, _Board, _Deferred
+from trivet.train.trainer import Board, Deferred, Interrupted
 
 TIMES = (  # metrics that differ from run to run
     "seconds", "seconds_generating", "seconds_training", "tokens_per_second", "training_tokens_per_second",
@@ -124,7 +124,7 @@ def learn(
     """
     run = _Run(model.to(device), chat, tasks, config, Path(out), device)
     try:
-        with _Deferred() as asked:
+        with Deferred() as asked:
             while run.step < config.steps:
                 values = run.one_step()
                 last = run.step == config.steps
@@ -191,7 +191,7 @@ class _Run:
             self.step, self.seconds, self.metrics = state.step, state.extra["seconds"], state.extra["metrics"]
         self.saved = self.step
         self.journal.truncate_after(self.step)
-        self.board = _Board(out / "tensorboard", self.step) if config.tensorboard and self.step < config.steps else None
+        self.board = Board(out / "tensorboard", self.step) if config.tensorboard and self.step < config.steps else None
         self.began = self.saved_at = time.perf_counter()
         model.train()
 

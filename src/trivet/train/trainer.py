@@ -92,7 +92,7 @@ def train(
     """
     run = _Run(model.to(device), documents, config, Path(out), device)
     try:
-        with _Deferred() as asked:
+        with Deferred() as asked:
             while run.step < config.steps:
                 run.train_step()
                 last = run.step == config.steps
@@ -178,7 +178,7 @@ class _Run:
         self.batches.cut = self.totals["cut"]
         done = self.step >= config.steps
         self.peak = 0.0 if done else measure_peak(device)
-        self.board = _Board(out / "tensorboard", self.step) if config.tensorboard and not done else None
+        self.board = Board(out / "tensorboard", self.step) if config.tensorboard and not done else None
         self.began = self.saved_at = self.logged_at = time.perf_counter()
         self.flops_since_log = 0.0
         self.tokens_since_log = 0
@@ -282,7 +282,7 @@ def measure_peak(device: torch.device | str, seconds: float = 0.05) -> float:
     return 2 * n**3 / best / 1e9
 
 
-class _Deferred:
+class Deferred:
     """Turns Ctrl-C and SIGTERM into `stop`, read between two steps; the second one stops at once.
 
     An interrupt in the middle of an update would leave weights that belong to no step.
@@ -308,7 +308,7 @@ class _Deferred:
         self.stop = True
 
 
-class _Board:
+class Board:
     """TensorBoard, if it is installed."""
 
     def __init__(self, folder: Path, step: int):
