@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from string import ascii_lowercase
 
 import pytest
 
@@ -69,11 +68,28 @@ def test_levels_are_balanced_and_can_be_fixed() -> None:
 def test_chain_by_hand() -> None:
     chain = make_task({"name": "chain"})
     problem = chain.problem("test", 5)
-    value, steps = int(problem.prompt[0]), problem.prompt[1:-1]
-    for label, operator, digit in zip(steps[::3], steps[1::3], steps[2::3], strict=True):
-        assert label in ascii_lowercase and label + operator + digit in problem.meta["thought"]
+    value = int(problem.prompt[0])
+    for operator, digit in zip(problem.prompt[1:-1:2], problem.prompt[2:-1:2], strict=True):
         value = {"+": value + int(digit), "-": value - int(digit), "*": value * int(digit)}[operator] % 10
     assert str(value) == problem.answer
+
+
+def test_a_chain_is_never_worked_out_further_than_it_may_be_shown() -> None:
+    chain = make_task({"name": "chain", "min_steps": 2, "max_steps": 8, "shown": 5})
+    lengths, cut = set(), set()
+    for i in range(300):
+        problem = chain.problem("train", i)
+        answer = chain.demonstrate(problem, random.Random(i)).messages[-1]
+        if answer.reasoning is not None:
+            lengths.add(answer.reasoning.count("="))
+            assert answer.cut or problem.level <= 5
+            cut.add((problem.level, answer.cut))
+    assert max(lengths) == 5 and {(8, True), (6, True), (5, True), (5, False)} <= cut
+    free = make_task({"name": "chain", "min_steps": 8, "max_steps": 8})  # the twin
+    shown = [
+        free.demonstrate(free.problem("train", i), random.Random(i)).messages[-1].reasoning or "" for i in range(50)
+    ]
+    assert max(t.count("=") for t in shown) == 8
 
 
 def test_search_takes_any_right_operators_and_no_other_digits() -> None:

@@ -45,7 +45,7 @@ from trivet.train.data import Mixture, PackedBatches, TaskDocuments
 if TYPE_CHECKING:
     from trivet.recipes.stages import Context, ReportStage
 
-CHAIN_BUDGETS: tuple[Budget, ...] = (0, 9, 17, 25, 33, None)  # a step is 4 tokens, the start 1
+CHAIN_BUDGETS: tuple[Budget, ...] = (0, 7, 13, 19, 25, None)  # a step is 3 tokens, the start 1
 MAX_TOKENS = {"chain": 96, "longer chain": 128, "arithmetic": 96, "search": 256}
 SEARCH_BUDGETS: tuple[Budget, ...] = (0, 13, 26, 52, 104, 208)  # an attempt is 13 tokens
 

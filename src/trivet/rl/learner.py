@@ -21,7 +21,7 @@ Rows are exactly what the model saw and wrote: token ids are never made from tex
 prompts, tool results, forced tokens; answers whose score is not ok; groups whose rewards agree.
 The routers' balancing biases stay as pretraining left them: RL sees few kinds of problems, and evening
 out the load on these alone moves experts away from what they know (measured in docs/LOG.md).
-Left out: critics, learning-rate schedules, asynchronous sampling, the routers' sequence-wise balance
+Left out: critics, asynchronous sampling, the routers' sequence-wise balance
 loss, several devices.
 """
 
@@ -55,7 +55,7 @@ from trivet.tasks import Task
 from trivet.train.checkpoint import load_latest, save_state
 from trivet.train.data import stable_hash
 from trivet.train.losses import token_logprobs
-from trivet.train.optim import Optimizer, clip
+from trivet.train.optim import Optimizer, clip, schedule
 from trivet.train.trainer import Board, Deferred, Interrupted
 
 TIMES = (  # metrics that differ from run to run
@@ -81,6 +81,9 @@ class RLConfig(Frozen):
     updates_per_batch: int = Field(default=1, gt=0, description="optimizer steps on each batch, all of it")
     muon_lr: float = Field(default=0.003, ge=0, description="learning rate of the matrices")
     adam_lr: float = Field(default=3e-4, ge=0, description="learning rate of everything else")
+    decay_share: float = Field(
+        default=0.0, ge=0, le=1, description="last share of the run, in which the rate falls to 0"
+    )
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled; spares vectors")
     clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient; inf: never clip")
     rows: int = Field(default=16, gt=0, description="rows of a microbatch of the update")
@@ -286,7 +289,7 @@ class _Run:
                 }
             else:
                 values |= {"clip_share": result["clip_share"], "ratio/last_max_abs_log": result["ratio_max_abs_log"]}
-            self.optimizer.step()
+            self.optimizer.step(schedule(self.step, c.steps, decay_share=c.decay_share))
             self.optimizer.zero_grad()
             if done.loads:
                 values["expert_load"] = max((load.max() / load.mean()).item() for load in done.loads)
