@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -38,14 +38,13 @@ from trivet.measure.results import (
 )  # fmt: skip
 from trivet.messages import Sampling
 from trivet.model import Routing, Transformer, load_model
+from trivet.recipes.stages import Context, ReportStage, waves
 from trivet.recipes.workers import Tell, side_by_side
 from trivet.tasks import Task, make_task
 from trivet.train.data import Mixture, PackedBatches, TaskDocuments
 
-if TYPE_CHECKING:
-    from trivet.recipes.stages import Context, ReportStage
-
 CHAIN_BUDGETS: tuple[Budget, ...] = (0, 7, 13, 19, 25, None)  # a step is 3 tokens, the start 1
+BEFORE, AFTER = "before RL", "after RL"
 MAX_TOKENS = {"chain": 96, "longer chain": 128, "arithmetic": 96, "search": 256}
 SEARCH_BUDGETS: tuple[Budget, ...] = (0, 13, 26, 52, 104, 208)  # an attempt is 13 tokens
 
@@ -108,8 +107,8 @@ def report(stage: ReportStage, context: Context) -> dict[str, Any]:
     found = _measure(stage, context, names)
     seconds = _seconds(context)
     results = summarise(stage, found)
-    results["seconds"] = sum(seconds.values()) + time.perf_counter() - began
     results["stage_seconds"] = {**seconds, context.out.name: time.perf_counter() - began}
+    results["seconds"] = _wall(context, results["stage_seconds"])
     results["tokens_per_second"] = _speeds(context) | {"evaluation": _mean_speed(found)}
     seed = context.recipe.seed if context.recipe else 0
     facts = about(seed, str(context.device))
@@ -207,13 +206,13 @@ def assemble(
     found: dict[Point, Result], results: dict[str, Any],
 ) -> Report:  # fmt: skip
     cold, final = stage.cold, stage.final
-    label = {cold: "before RL", final: "after RL"}
+    label = {cold: BEFORE, final: AFTER}
 
     def acc(*args: Any, **kwargs: Any) -> Share:
         return found[Point(*args, **kwargs)].accuracy
 
     headline = (
-        Headline(claim="Does thinking help? (chains, greedy)", values={"no thinking": acc(final, "chain", "off"), "thinking": acc(final, "chain")}),
+        Headline(claim=f"Does thinking help? (chains of {stage.short_chains[0]} to {stage.short_chains[1]} steps, greedy)", values={"no thinking": acc(final, "chain", "off"), "thinking": acc(final, "chain")}),
         Headline(claim=f"Does RL help beyond what SFT showed? (chains of {stage.longer_chains[0]} to {stage.longer_chains[1]} steps, greedy)",
                  values={"before": acc(cold, "longer chain"), "after": acc(final, "longer chain")}),
         Headline(claim="The same at T = 1", values={"before": acc(cold, "longer chain", temperature=1.0), "after": acc(final, "longer chain", temperature=1.0)}),
@@ -256,6 +255,8 @@ def assemble(
 
 
 NOTES = (
+    "SFT showed prompts of all these lengths, but never a thought of more than 9 steps: longer chains are cut there, as a "
+    "budget would cut them. 'Beyond what SFT showed' means worked out further than any example.",
     "Much of the gain at T = 1 is elicitation: SFT already knows the skill, and RL makes sampling use it. The greedy rows "
     "show what was learned beyond that.",
     "The cold start answers half of the arithmetic examples without the calculator on purpose, so that RL has a choice to make.",
@@ -298,6 +299,14 @@ def _seconds(context: Context) -> dict[str, float]:
     return {name: json.loads((context.run / name / "done.json").read_text()).get("seconds", 0.0) for name in names}
 
 
+def _wall(context: Context, seconds: dict[str, float]) -> float:
+    """Seconds of the whole run: of stages side by side the longest counts."""
+    if context.recipe is None:
+        return sum(seconds.values())
+    threads = context.recipe.threads if context.device.type == "cpu" else 0
+    return sum(max(seconds[name] for name in wave) for wave in waves(context.recipe.stages, threads))
+
+
 def _speeds(context: Context) -> dict[str, Any]:
     """Tokens a second of each stage: trained, and for RL generated."""
     speeds: dict[str, Any] = {}
@@ -316,18 +325,20 @@ def _mean_speed(found: dict[Point, Result]) -> float:
 
 def _print(stage: ReportStage, context: Context, found: dict[Point, Result], results: dict[str, Any]) -> None:
     console = Console(highlight=False)
-    table = Table(title=f"accuracy on {stage.count} unseen problems, 95% intervals", box=None, title_justify="left")
-    for column in ("", "", ""):
-        table.add_column(column)
+    table = Table(
+        title=f"Accuracy on {stage.count} unseen problems a point, with 95% intervals",
+        box=None, title_justify="left", show_header=False, pad_edge=False,
+    )  # fmt: skip
     page = Report.model_validate(results["report"])
     for line in page.headline:
-        table.add_row(line.claim, *(f"{k} {s.mean:.3f} [{s.low:.3f}, {s.high:.3f}]" for k, s in line.values.items()))
-    for curve in page.budgets:
-        if curve.model == "after RL":
-            steps = "  ".join(
-                f"{p.thinking if p.thinking is not None else 'all'}: {p.accuracy.mean:.2f}" for p in curve.points
-            )
-            table.add_row(f"Thinking tokens allowed, {curve.task}", steps)
+        cells = [f"{name}\n{s.mean:.3f} \\[{s.low:.3f}, {s.high:.3f}]" for name, s in line.values.items()]
+        table.add_row(line.claim, *cells)
     console.print(table)
-    console.print(f"{results['seconds'] / 60:.1f} minutes in all. Report: {context.run / 'report.html'}")
-    console.print(f"Talk to it:  trivet chat {context.run / stage.final} --tools calculator")
+    for curve in page.budgets:
+        if curve.model == AFTER:
+            steps = [f"{'all' if p.thinking is None else p.thinking}: {p.accuracy.mean:.2f}" for p in curve.points]
+            console.print(f"thinking tokens allowed, {curve.task}:  {'   '.join(steps)}")
+    console.print(
+        f"\n{results['seconds'] / 60:.1f} minutes in all. Report: {context.run / 'report.html'}", soft_wrap=True
+    )
+    console.print(f"Talk to it:  trivet chat {context.run / stage.final} --tools calculator", soft_wrap=True)
