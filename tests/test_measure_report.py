@@ -55,7 +55,7 @@ def fixture() -> tuple[m.Report, dict[str, list[dict[str, float]]]]:
         sampling=tuple(m.SamplingBars(task="chain", model=w, greedy=point(a), sampled=point(b, temperature=1.0))
                        for w, a, b in (("before RL", 0.95, 0.68), ("after RL", 0.97, 0.93))),
         experts=(m.ExpertLoad(model="tool", top_k=2, shares=tuple(tuple(0.2 + 0.05 * math.sin(i * 3 + j) for i in range(8)) for j in range(3))),),
-        models=(m.ModelRow(name="sparse", params=490_000, active_params=210_000, cache_bytes_per_token=240, loss=0.31, accuracy=share(0.8),
+        models=(m.ModelRow(name="sparse", params=490_000, active_params=210_000, cache_bytes_per_token=240, loss=0.31, accuracy={"search": share(0.8)},
                            train_seconds=225.0, train_tokens_per_second=10900.0),
                 m.ModelRow(name="dense", params=300_000, active_params=300_000, cache_bytes_per_token=240)),
         samples=(m.Samples(model="before RL", transcripts=(transcript(0.0, "<script>alert(1)</script>"), transcript(1.0))),

@@ -26,8 +26,8 @@ Rows = Sequence[Mapping[str, Any]]  # lines of a metrics.jsonl
 
 
 def loss_curve(stages: Mapping[str, Rows]) -> str | None:
-    """Training loss of every stage that has one, over optimizer steps."""
-    series = {name: _pick(rows, "loss") for name, rows in stages.items()}
+    """Training loss over optimizer steps of every stage that imitates; a policy's loss says nothing of the kind."""
+    series = {name: _pick(rows, "loss") for name, rows in stages.items() if not _pick(rows, "reward")}
     series = {name: points for name, points in series.items() if len(points) > 1}
     if not series:
         return None

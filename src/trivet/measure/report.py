@@ -51,7 +51,7 @@ def render(report: Report, metrics: Mapping[str, plots.Rows]) -> str:
         loader=PackageLoader("trivet.measure", "."), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"share": share, "interval": interval, "number": number, "duration": duration}
+    environment.filters |= {"share": share, "interval": interval, "ends": ends, "number": number, "duration": duration}
     curves = [plots.reward_curve(name, rows) for name, rows in metrics.items()]
     figures: dict[str, Any] = {
         "loss": plots.loss_curve(metrics),
@@ -86,6 +86,10 @@ def share(value: Share) -> str:
 
 def interval(value: Share) -> str:
     return f"{value.low:.3f} to {value.high:.3f}, n = {value.count:,}"
+
+
+def ends(value: Share) -> str:
+    return f"{value.low:.2f} to {value.high:.2f}"
 
 
 def number(value: float | None) -> str:

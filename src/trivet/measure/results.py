@@ -107,7 +107,7 @@ class ModelRow(Frozen):
     active_params: int
     cache_bytes_per_token: int
     loss: float | None = None
-    accuracy: Share | None = None
+    accuracy: dict[str, Share] = Field(default_factory=dict, description="task -> measured")
     train_seconds: float | None = None
     train_tokens_per_second: float | None = None
 

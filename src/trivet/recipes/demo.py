@@ -44,6 +44,7 @@ from trivet.tasks import Task, make_task
 from trivet.train.data import Mixture, PackedBatches, TaskDocuments
 
 CHAIN_BUDGETS: tuple[Budget, ...] = (0, 7, 13, 19, 25, None)  # a step is 3 tokens, the start 1
+COMPARED = (("chain", 0.0), ("longer chain", 0.0), ("search", 1.0), ("arithmetic", 0.0))  # sparse against dense
 BEFORE, AFTER = "before RL", "after RL"
 MAX_TOKENS = {"chain": 96, "longer chain": 128, "arithmetic": 96, "search": 256}
 SEARCH_BUDGETS: tuple[Budget, ...] = (0, 13, 26, 52, 104, 208)  # an attempt is 13 tokens
@@ -82,10 +83,8 @@ def points(models: list[str]) -> Iterator[Point]:
         yield Point(model, "arithmetic", tools=False)
         yield Point(model, "arithmetic", "off", tools=False)
     for model in models[2:]:
-        yield Point(model, "chain")
-        yield Point(model, "longer chain")
-        yield Point(model, "search", None, 1.0)
-        yield Point(model, "arithmetic")
+        for task, temperature in COMPARED:
+            yield Point(model, task, temperature=temperature)
 
 
 def tasks_of(stage: ReportStage) -> dict[str, Task]:
@@ -241,6 +240,7 @@ def assemble(
         )) for m in (cold, final)
     )  # fmt: skip
     experts = tuple(load for name in (cold, final) for load in expert_load(name, models[name], chats[name], stage))
+    rows = tuple(_model_row(name, models[name], context, found, stage) for name in (cold, *names[2:]))
     return Report(
         title=context.recipe.name if context.recipe else "demo",
         intro=(
@@ -249,8 +249,8 @@ def assemble(
             "training could not have drawn. Intervals are 95%."
         ),
         headline=headline, budgets=budgets, tools=tools, sampling=sampling, experts=experts,
-        models=tuple(_model_row(name, models[name], context, found, stage) for name in (cold, *names[2:])),
-        samples=samples, notes=NOTES, seconds=results["stage_seconds"], about=results["versions"],
+        models=rows,
+        samples=samples, notes=(*_verdict(rows), *NOTES), seconds=results["stage_seconds"], about=results["versions"],
     )  # fmt: skip
 
 
@@ -289,9 +289,29 @@ def _model_row(
     return ModelRow(
         name=f"{name}: {model.spec.pattern}", params=model.spec.num_params(), active_params=model.spec.active_params(),
         cache_bytes_per_token=model.spec.cache_bytes_per_token(4), loss=done.get("eval/loss"),
-        accuracy=found[Point(name, "search", None, 1.0)].accuracy, train_seconds=done.get("seconds"),
+        accuracy={
+            f"{task}, {'greedy' if t == 0 else 'T = 1'}": found[Point(name, task, None, t)].accuracy for task, t in COMPARED
+        }, train_seconds=done.get("seconds"),
         train_tokens_per_second=done["tokens"] / done["seconds"] if "tokens" in done else None,
     )  # fmt: skip
+
+
+def _verdict(rows: tuple[ModelRow, ...]) -> list[str]:
+    """What sparsity bought and cost at this size, in one sentence of this run's numbers."""
+    if len(rows) < 2 or not all(row.loss and row.train_tokens_per_second for row in rows[:2]):
+        return []
+    sparse, dense = rows[:2]
+    speed = (sparse.train_tokens_per_second or 0) / (dense.train_tokens_per_second or 1)
+    apart = [
+        task
+        for task, s in sparse.accuracy.items()
+        if s.high < dense.accuracy[task].low or s.low > dense.accuracy[task].high
+    ]
+    return [
+        f"Sparse against dense at equal active parameters: held-out loss {sparse.loss:.3f} against {dense.loss:.3f}, at "
+        f"{speed:.2f} times the training speed, for {sparse.params / dense.params:.1f} times the memory. Accuracies differ "
+        f"beyond their intervals on: {', '.join(apart) or 'nothing'}. Experts buy capacity, and at this size there is little to fill it with."
+    ]
 
 
 def _seconds(context: Context) -> dict[str, float]:
