@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from trivet.cli import main
+from trivet.engine import EngineModel, Request
+from trivet.messages import Message
 
 ROOT = Path(__file__).parents[1]
 DEMO = str(ROOT / "configs/demo.toml")
@@ -129,12 +134,36 @@ def test_eval_prints_a_table_or_json(
 def test_chat_streams_and_counts(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = iter(["/budget 3", "7+3=", "", "/budget lots", "/new", "<think>9-2=", "é", "/quit"])
+    lines = iter(["/budget 3", "7+3=", "", "/budget lots", "7+3=", "/new", "<think>9-2=", "é", "/quit"])
     monkeypatch.setattr("builtins.input", lambda *a: next(lines))
     code, out, err = call(monkeypatch, capsys, "chat", str(model), "--max-tokens", "12", "--tools", "calculator")
     assert code == 0 and "Traceback" not in err
-    assert out.count("tok/s, ended by") == 2 and "/budget wants a number" in out
+    assert out.count("tok/s, ended by") == 3 and "/budget wants a number" in out
     assert "The tokenizer has no 'é'" in out  # said, and the conversation goes on
+    first, second = (answer.lstrip("> ") for answer in re.findall(r"\n(.*)\n\d+ tokens", out)[:2])
+    assert first == second and "each starts anew" in out  # as its training was: one question a conversation
+
+
+def test_a_model_of_conversations_remembers(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(model, tmp_path / "m")
+    config = tmp_path / "m" / "tokenizer_config.json"
+    config.write_text(config.read_text().replace('"single_turn": true', '"single_turn": false'))
+    seen: list[int] = []
+    real = EngineModel.request
+
+    def request(self: EngineModel, messages: list[Message], *rest: Any) -> Request:
+        seen.append(len(messages))
+        return real(self, messages, *rest)
+
+    monkeypatch.setattr(EngineModel, "request", request)
+    for directory, lengths in ((tmp_path / "m", [1, 3, 1]), (model, [1, 1, 1])):
+        lines = iter(["7+3=", "7+3=", "/new", "1+1=", "/quit"])
+        monkeypatch.setattr("builtins.input", lambda *a, lines=lines: next(lines))
+        seen.clear()
+        code, _, _ = call(monkeypatch, capsys, "chat", str(directory), "--max-tokens", "6")
+        assert code == 0 and seen == lengths
 
 
 def test_plan_prices_without_weights(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,6 +47,7 @@ class Markers(Frozen):
     end: str = "<end>"
     closing_message: str = "…"  # what the engine writes before think_close when the budget is spent
     tool_syntax: Literal["bare", "json"] = "bare"
+    single_turn: bool = False  # training showed one question a conversation, so a second one would be foreign to it
 
 
 @dataclass(frozen=True)
@@ -370,7 +371,7 @@ def tiny_chat() -> Chat:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"=\d|[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
-    return Chat(tokenizer, TEMPLATE, Markers())
+    return Chat(tokenizer, TEMPLATE, Markers(single_turn=True))
 
 
 def bpe_chat(texts: Iterable[str], vocab_size: int) -> Chat:
@@ -389,5 +390,5 @@ def bpe_chat(texts: Iterable[str], vocab_size: int) -> Chat:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    markers = Markers(closing_message="\nTime is up, so I answer now.\n", tool_syntax="json")
+    markers = Markers(closing_message="\nTime is up, so I answer now.\n", tool_syntax="json", single_turn=True)
     return Chat(tokenizer, TEMPLATE, markers)

@@ -41,9 +41,10 @@ def converse(
     model, chat = load_model(directory, device).eval(), Chat.load(directory)
     tools = [get_tool(name) for name in tool_names]
     engine = Engine(model, chat, max_rows=1, slots=model.spec.context_length, device=device)
-    console.print(
-        f"[dim]{directory}: {model.spec.num_params():,} parameters. Ctrl-D or /quit ends, /new forgets, /budget N sets the budget.[/]"
-    )
+    once = chat.markers.single_turn
+    habit = "It was trained on single questions, so each starts anew." if once else "/new forgets."
+    console.print(f"{directory}: {model.spec.num_params():,} parameters. {habit}", style="dim", markup=False)
+    console.print("Ctrl-D or /quit ends, /budget N sets the thinking budget (off, none).", style="dim", markup=False)
     history: list[Message] = []
     while True:
         try:
@@ -73,7 +74,7 @@ def converse(
             engine.cancel_all()
             console.print("\n[dim](stopped; this turn is forgotten)[/]")
             continue
-        history = list(episode.messages)
+        history = [] if once else list(episode.messages)
         shown.close(episode)
 
 
@@ -135,7 +136,7 @@ class _Shown:
         thought = sum(c.reasoning_tokens for c in done)
         calls = sum(isinstance(step, ToolStep) for step in episode.steps)
         note = f"{tokens} tokens, {thought} thinking" + (", budget hit" if any(c.budget_hit for c in done) else "")
-        note += f", {calls} tool calls" if calls else ""
+        note += f", {calls} tool call{'s' * (calls > 1)}" if calls else ""
         self.console.print(f"[dim]{note}, {tokens / seconds:,.0f} tok/s, ended by {episode.stop}[/]")
 
 
