@@ -9,21 +9,50 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
+import pickle
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait as wait_for
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 import torch
 
+from trivet.config import UserError
 from trivet.train.trainer import Deferred
 
 R = TypeVar("R")
 Tell = Callable[[Any], None]
-_messages: Any = None  # in a worker: the queue to the process that started it
+
+
+class Worker:
+    """A process, the pipe to it, and the name of the job that it works on."""
+
+    def __init__(self, threads: int):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process: BaseProcess = context.Process(target=_work, args=(theirs, threads), daemon=True)
+        self.process.start()
+        theirs.close()  # so that its death is an end of file here
+        self.job: str | None = None
+
+    def begin(self, name: str, job: Callable[[Tell], Any]) -> None:
+        self.job = name
+        with suppress(BrokenPipeError):  # it died: the next `hear` says so
+            self.pipe.send(job)
+
+    def hear(self) -> tuple[str, Any]:
+        """The next of ("told", message), ("result", value), ("raised", exception), ("died", exit code)."""
+        try:
+            kind, value = self.pipe.recv()
+        except (EOFError, OSError):  # also in the middle of a message
+            self.process.join()
+            kind, value = "died", self.process.exitcode
+        if kind != "told":
+            self.job = None
+        return kind, value
 
 
 def side_by_side(
@@ -33,64 +62,92 @@ def side_by_side(
 
     The first job that raises stops the others; so does an interrupt, which is raised when all have stopped.
     """
-    context = multiprocessing.get_context("spawn")
-    messages = context.SimpleQueue()
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _begin, (threads, messages))
-    running: dict[Future[R], str] = {}
+    waiting = list(jobs)
+    crew = [Worker(threads) for _ in range(min(workers, len(jobs)))]
     try:
         with Deferred() as asked:
-            running = {pool.submit(_call, name, job): name for name, job in jobs.items()}
-            while running:
-                done, _ = wait(running, timeout=0.1, return_when=FIRST_COMPLETED)
-                while not messages.empty():
-                    hear(*messages.get())
-                for future in done:
-                    yield running.pop(future), future.result()
+            while True:
+                for worker in crew:
+                    if worker.job is None and waiting:
+                        worker.begin(name := waiting.pop(0), jobs[name])
+                busy = {worker.pipe: worker for worker in crew if worker.job is not None}
+                if not busy:
+                    return
+                for pipe in wait(list(busy), timeout=0.1):
+                    worker = busy[pipe]  # type: ignore[index]
+                    name = worker.job or ""
+                    kind, value = worker.hear()
+                    if kind == "told":
+                        hear(name, value)
+                    elif kind == "result":
+                        yield name, value
+                    elif kind == "raised":
+                        raise value
+                    else:
+                        raise UserError(
+                            f"The process that worked on {name} died (exit code {value}): out of memory, or killed. "
+                            "The same command goes on from the last saved state."
+                        )
                 if asked.stop:
                     raise KeyboardInterrupt
     except BaseException:
-        said = _stop(pool, list(running))
+        said = _stop(crew)
         if said is not None:
             raise said from None
         raise
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for worker in crew:
+            worker.pipe.close()  # an idle worker reads the end of its work
+        for worker in crew:
+            worker.process.join()
 
 
-def _stop(pool: ProcessPoolExecutor, running: list[Future[R]]) -> BaseException | None:
-    """Ask the workers to stop, wait until they have, and return what an interrupted job said."""
-    for future in running:
-        future.cancel()
-    for worker in list(pool._processes.values()):
-        if worker.is_alive() and worker.pid is not None:
-            os.kill(worker.pid, signal.SIGTERM)
-    for future in running:
-        try:
-            future.result()
-        except KeyboardInterrupt as e:  # trainer.Interrupted, with the step that it saved
-            if str(e):
-                return e
-        except BrokenProcessPool:
-            return None  # a job that keeps no state was simply ended
-        except BaseException as e:
-            return e
-    return None
+def _stop(crew: list[Worker]) -> BaseException | None:
+    """Ask those at work to stop, wait until they have, and return what the first one said of it."""
+    said: BaseException | None = None
+    busy = [worker for worker in crew if worker.job is not None]
+    for worker in busy:
+        worker.process.terminate()  # a job that keeps no state simply ends
+    for worker in busy:
+        while worker.job is not None:
+            kind, value = worker.hear()
+            if kind == "raised" and str(value):  # trainer.Interrupted, with the step that it saved
+                said = said or value
+    return said
 
 
-def _begin(threads: int, messages: Any) -> None:
-    global _messages
-    _messages = messages
-    os.setpgid(0, 0)  # a terminal's Ctrl-C reaches the parent only, which passes it on once
+# ------------------------------------------------------------------------------------- in the worker
+def _work(pipe: Connection, threads: int) -> None:
+    """Do what comes through the pipe until it is closed."""
+    with suppress(OSError):
+        os.setpgid(0, 0)  # a terminal's Ctrl-C reaches the parent only, which passes it on once
     torch.set_num_threads(threads)
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(("result", job(lambda message: pipe.send(("told", message)))))
+        except BaseException as e:
+            pipe.send(("raised", _portable(e)))
 
 
 def _die_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
-    wait_for([parent.sentinel])
+    wait([parent.sentinel])
     os._exit(1)
 
 
-def _call(name: str, job: Callable[[Tell], R]) -> R:
-    return job(lambda message: _messages.put((name, message)))
+def _portable(error: BaseException) -> BaseException:
+    """The exception with its traceback as a note, or one that tells it, where it can't be sent."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(text)
+    if not isinstance(error, UserError | KeyboardInterrupt):
+        error.add_note(text)
+    return error
