@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="a line of JSON a run; runs that it holds are not run again")
     parser.add_argument("--one", action="store_true", help="run one variant and seed here and print JSON")
     args = parser.parse_args()
     variants, seeds = args.variants.split(","), [int(s) for s in args.seeds.split(",")]
@@ -119,13 +119,21 @@ def main() -> None:
         print(json.dumps(run(variants[0], seeds[0], args.text, args.steps, args.threads)))
         return
 
+    known = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out and args.out.exists() else []
+    done_before = {(r["variant"], r["seed"]): r for r in known}
+
     def job(pair: tuple[str, int]) -> dict[str, Any]:
+        if pair in done_before:
+            return done_before[pair]
         command = [sys.executable, __file__, "--one", "--variants", pair[0], "--seeds", str(pair[1])]
         command += ["--text", str(args.text), "--steps", str(args.steps), "--threads", str(args.threads)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr)
         result = json.loads(done.stdout.splitlines()[-1])
+        if args.out:
+            with args.out.open("a") as file:
+                file.write(json.dumps(result) + "\n")
         print(f"{pair[0]:10s} seed {pair[1]}  loss {result['loss']:.4f}  {result['seconds']:.0f} s", flush=True)
         return result
 
@@ -140,8 +148,6 @@ def main() -> None:
         speed, memory = (statistics.median(r[k] for r in mine) for k in ("tokens_per_second", "rss_mb"))
         print(f"{v:10s} {mine[0]['params']:10,d} {mine[0]['active']:9,d}  {statistics.mean(losses):.4f}"
               f"  [{min(losses):.4f}, {max(losses):.4f}]   {speed:8.0f} {memory:8.0f}")  # fmt: skip
-    if args.out:
-        args.out.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

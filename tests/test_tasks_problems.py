@@ -76,20 +76,23 @@ def test_chain_by_hand() -> None:
 
 def test_a_chain_is_never_worked_out_further_than_it_may_be_shown() -> None:
     chain = make_task({"name": "chain", "min_steps": 2, "max_steps": 8, "shown": 5})
-    lengths, cut = set(), set()
-    for i in range(300):
+    results, tokens, cut = set(), set(), set()
+    for i in range(1000):
         problem = chain.problem("train", i)
         answer = chain.demonstrate(problem, random.Random(i)).messages[-1]
         if answer.reasoning is not None:
-            lengths.add(answer.reasoning.count("="))
+            steps, rest = divmod(len(answer.reasoning) - 1, 4)  # a start, then steps such as "+3=0"
+            results.add(steps)
+            tokens.add(rest)
             assert answer.cut or problem.level <= 5
             cut.add((problem.level, answer.cut))
-    assert max(lengths) == 5 and {(8, True), (6, True), (5, True), (5, False)} <= cut
+    assert max(results) == 5 and tokens == {0, 1, 2}, "an `=` without its result is no token of a thought"
+    assert {(8, True), (6, True), (5, True), (5, False)} <= cut
     free = make_task({"name": "chain", "min_steps": 8, "max_steps": 8})  # the twin
     shown = [
         free.demonstrate(free.problem("train", i), random.Random(i)).messages[-1].reasoning or "" for i in range(50)
     ]
-    assert max(t.count("=") for t in shown) == 8
+    assert max(t.count("=") for t in shown) == 9
 
 
 def test_search_takes_any_right_operators_and_no_other_digits() -> None:

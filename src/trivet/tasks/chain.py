@@ -1,7 +1,8 @@
 """Arithmetic mod 10, left to right: `7+3-2*4=` is 2. Easy in steps, hard at a glance.
 
-The thought writes one step a time, `7+3=0-2=8*4=2`: three tokens a step. So the thinking budget buys
-steps, and accuracy against budget is the share of chains that fit.
+The thought writes one step a time, `7+3=0-2=8*4=2=`: three tokens a step, and at the end the prompt's own `=`,
+so that every step's continuation is copied from the prompt. The thinking budget buys steps, and accuracy
+against budget is the share of chains that fit.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ class ChainConfig(Frozen):
     max_steps: int = Field(default=9, ge=1, description="and in the longest")
     no_think: float = Field(default=0.10, ge=0, le=1, description="share of examples that answer without thinking")
     shown: int | None = Field(
-        default=None, ge=1, description="longest thought that an example shows; longer chains are cut"
+        default=None, ge=1, description="most results that an example works out; longer chains are cut before the next"
     )
-    cut: float = Field(default=0.12, ge=0, le=1, description="share cut at a random step, as a budget would")
+    cut: float = Field(default=0.12, ge=0, le=1, description="share cut at a random token, as a budget would")
     seed: int = 0
 
     @model_validator(mode="after")
@@ -59,7 +60,7 @@ class Chain:
                 value = apply(value, operator, digit)
                 text += f"{operator}{digit}"
                 thought += f"{operator}{digit}={value}"
-            return text + "=", (thought, str(value))
+            return text + "=", (thought + "=", str(value))
 
         text, (thought, answer) = draw(make, split, "chain", self.config.seed, index, steps)
         return Problem(f"chain-{split}-{index}", text, answer, steps, {"thought": thought})
@@ -69,10 +70,11 @@ class Chain:
         kind = rng.random()
         if kind < self.config.no_think:
             return Demo((user, Message("assistant", problem.answer)), thinking=False)
-        shown = min(problem.level, self.config.shown or problem.level)
-        if kind < self.config.no_think + self.config.cut or shown < problem.level:
-            steps = rng.randrange(problem.level) if shown == problem.level else rng.randint(1, shown)
-            kept = 1 + 4 * steps  # the start, then whole steps such as "+3=0"
+        longest = problem.level - 1 if self.config.shown is None else min(problem.level - 1, self.config.shown)
+        too_long = self.config.shown is not None and problem.level > self.config.shown
+        if too_long or kind < self.config.no_think + self.config.cut:
+            steps, rest = divmod(rng.randrange(3 * longest + 3), 3)
+            kept = 1 + 4 * steps + rest  # the start, whole steps such as "+3=0", and of the next no more than "+3"
             return Demo((user, Message("assistant", problem.answer, thought[:kept], cut=True)))
         return Demo((user, Message("assistant", problem.answer, thought)))
 
