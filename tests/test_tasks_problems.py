@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -67,32 +68,37 @@ def test_levels_are_balanced_and_can_be_fixed() -> None:
 
 def test_chain_by_hand() -> None:
     chain = make_task({"name": "chain"})
-    problem = chain.problem("test", 5)
-    value = int(problem.prompt[0])
-    for operator, digit in zip(problem.prompt[1:-1:2], problem.prompt[2:-1:2], strict=True):
-        value = {"+": value + int(digit), "-": value - int(digit), "*": value * int(digit)}[operator] % 10
-    assert str(value) == problem.answer
+    for i in range(50):
+        problem = chain.problem("test", i)
+        start, *steps = re.findall(r"^\d|[-+*]\d+", problem.prompt)
+        value = int(start)
+        for step in steps:
+            value = {"+": value + int(step[1:]), "-": value - int(step[1:]), "*": value * int(step[1:])}[step[0]] % 10
+        assert len(steps) == problem.level and str(value) == problem.answer
+        thought = "".join(problem.meta["thought"])
+        assert re.sub(r"=\d", "", thought) == problem.prompt and thought.endswith(f"={value}=")
 
 
 def test_a_chain_is_never_worked_out_further_than_it_may_be_shown() -> None:
     chain = make_task({"name": "chain", "min_steps": 2, "max_steps": 8, "shown": 5})
-    results, tokens, cut = set(), set(), set()
+    results, cut = set(), set()
     for i in range(1000):
         problem = chain.problem("train", i)
         answer = chain.demonstrate(problem, random.Random(i)).messages[-1]
         if answer.reasoning is not None:
-            steps, rest = divmod(len(answer.reasoning) - 1, 4)  # a start, then steps such as "+3=0"
-            results.add(steps)
-            tokens.add(rest)
+            assert answer.reasoning == "".join(problem.meta["thought"])[: len(answer.reasoning)]
+            results.add(len(re.findall(r"=\d", answer.reasoning)))
             assert answer.cut or problem.level <= 5
+            assert not (answer.cut and answer.reasoning.endswith("=")), (
+                "`=` without its result is no token of a thought"
+            )
             cut.add((problem.level, answer.cut))
-    assert max(results) == 5 and tokens == {0, 1, 2}, "an `=` without its result is no token of a thought"
-    assert {(8, True), (6, True), (5, True), (5, False)} <= cut
+    assert results == {0, 1, 2, 3, 4, 5} and {(8, True), (6, True), (5, True), (5, False)} <= cut
     free = make_task({"name": "chain", "min_steps": 8, "max_steps": 8})  # the twin
     shown = [
         free.demonstrate(free.problem("train", i), random.Random(i)).messages[-1].reasoning or "" for i in range(50)
     ]
-    assert max(t.count("=") for t in shown) == 9
+    assert max(len(re.findall(r"=\d", t)) for t in shown) == 8
 
 
 def test_search_takes_any_right_operators_and_no_other_digits() -> None:

@@ -43,7 +43,7 @@ from trivet.recipes.workers import Tell, side_by_side
 from trivet.tasks import Task, make_task
 from trivet.train.data import Mixture, PackedBatches, TaskDocuments
 
-CHAIN_BUDGETS: tuple[Budget, ...] = (0, 7, 13, 19, 25, None)  # a step is 3 tokens, the start 1
+CHAIN_BUDGETS: tuple[Budget, ...] = (0, 8, 15, 22, 29, None)  # a step is 3 or 4 tokens, the start 1
 COMPARED = (("chain", 0.0), ("longer chain", 0.0), ("search", 1.0), ("arithmetic", 0.0))  # sparse against dense
 BEFORE, AFTER = "before RL", "after RL"
 MAX_TOKENS = {"chain": 96, "longer chain": 128, "arithmetic": 96, "search": 256}

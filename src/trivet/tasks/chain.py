@@ -1,8 +1,9 @@
-"""Arithmetic mod 10, left to right: `7+3-2*4=` is 2. Easy in steps, hard at a glance.
+"""The last digit of a chain, left to right: `7+38-2*41=` is 3. Easy in steps, hard at a glance.
 
-The thought writes one step a time, `7+3=0-2=8*4=2=`: three tokens a step, and at the end the prompt's own `=`,
-so that every step's continuation is copied from the prompt. The thinking budget buys steps, and accuracy
-against budget is the share of chains that fit.
+The thought writes one step a time, `7+38=5-2=3*41=3=`, and at the end the prompt's own `=`, so that every
+step's continuation is copied from the prompt. Operands have one or two digits: if all were of one length, a
+step's place in the prompt would follow from its place in the thought, and small models learn that table
+instead of the rule, which ends with the longest example (docs/LOG.md). The thinking budget buys steps.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class ChainConfig(Frozen):
     max_steps: int = Field(default=9, ge=1, description="and in the longest")
     no_think: float = Field(default=0.10, ge=0, le=1, description="share of examples that answer without thinking")
     shown: int | None = Field(
-        default=None, ge=1, description="most results that an example works out; longer chains are cut before the next"
+        default=None,
+        ge=1,
+        description="most steps that an example works out; longer chains are cut before the next result",
     )
     cut: float = Field(default=0.12, ge=0, le=1, description="share cut at a random token, as a budget would")
     seed: int = 0
@@ -52,31 +55,33 @@ class Chain:
     def problem(self, split: Split, index: int, level: int | None = None) -> Problem:
         steps = self.levels[index % len(self.levels)] if level is None else level
 
-        def make(rng: random.Random) -> tuple[str, tuple[str, str]]:
+        def make(rng: random.Random) -> tuple[str, tuple[tuple[str, ...], str]]:
             value = rng.randrange(10)
-            text = thought = str(value)
+            text, thought = str(value), [str(value)]
             for _ in range(steps):
-                operator, digit = rng.choice(OPERATORS), rng.randrange(10)
-                value = apply(value, operator, digit)
-                text += f"{operator}{digit}"
-                thought += f"{operator}{digit}={value}"
-            return text + "=", (thought + "=", str(value))
+                operator = rng.choice(OPERATORS)
+                operand = rng.randrange(10) if rng.random() < 0.5 else rng.randrange(10, 100)
+                value = apply(value, operator, operand)
+                text += f"{operator}{operand}"
+                thought += [operator, *str(operand), f"={value}"]
+            return text + "=", ((*thought, "="), str(value))
 
         text, (thought, answer) = draw(make, split, "chain", self.config.seed, index, steps)
         return Problem(f"chain-{split}-{index}", text, answer, steps, {"thought": thought})
 
     def demonstrate(self, problem: Problem, rng: random.Random) -> Demo:
+        """Thinking, cut as a budget would cut it, or without any. Never works out more than `shown` steps."""
         user, thought = Message("user", problem.prompt), problem.meta["thought"]
         kind = rng.random()
         if kind < self.config.no_think:
             return Demo((user, Message("assistant", problem.answer)), thinking=False)
-        longest = problem.level - 1 if self.config.shown is None else min(problem.level - 1, self.config.shown)
         too_long = self.config.shown is not None and problem.level > self.config.shown
-        if too_long or kind < self.config.no_think + self.config.cut:
-            steps, rest = divmod(rng.randrange(3 * longest + 3), 3)
-            kept = 1 + 4 * steps + rest  # the start, whole steps such as "+3=0", and of the next no more than "+3"
-            return Demo((user, Message("assistant", problem.answer, thought[:kept], cut=True)))
-        return Demo((user, Message("assistant", problem.answer, thought)))
+        if not too_long and kind >= self.config.no_think + self.config.cut:
+            return Demo((user, Message("assistant", problem.answer, "".join(thought))))
+        results = [i for i, piece in enumerate(thought) if piece[0] == "=" and piece != "="]
+        end = results[self.config.shown if too_long and self.config.shown else -1]
+        kept = "".join(thought[: rng.randint(1, end)])
+        return Demo((user, Message("assistant", problem.answer, kept, cut=True)))
 
     def grade(self, problem: Problem, message: Message) -> Score:
         return Score(float(message.content.strip() == problem.answer))
