@@ -75,13 +75,14 @@ class Chain:
         kind = rng.random()
         if kind < self.config.no_think:
             return Demo((user, Message("assistant", problem.answer)), thinking=False)
-        too_long = self.config.shown is not None and problem.level > self.config.shown
-        if not too_long and kind >= self.config.no_think + self.config.cut:
-            return Demo((user, Message("assistant", problem.answer, "".join(thought))))
         results = [i for i, piece in enumerate(thought) if piece[0] == "=" and piece != "="]
-        end = results[self.config.shown if too_long and self.config.shown else -1]
-        kept = "".join(thought[: rng.randint(1, end)])
-        return Demo((user, Message("assistant", problem.answer, kept, cut=True)))
+        if self.config.shown is not None and problem.level > self.config.shown:
+            kept = rng.randint(results[self.config.shown - 1] + 1, results[self.config.shown])
+        elif kind < self.config.no_think + self.config.cut:
+            kept = rng.randint(1, results[-1])
+        else:
+            return Demo((user, Message("assistant", problem.answer, "".join(thought))))
+        return Demo((user, Message("assistant", problem.answer, "".join(thought[:kept]), cut=True)))
 
     def grade(self, problem: Problem, message: Message) -> Score:
         return Score(float(message.content.strip() == problem.answer))
