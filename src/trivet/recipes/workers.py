@@ -146,8 +146,8 @@ def _portable(error: BaseException) -> BaseException:
     text = "".join(traceback.format_exception(error))
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(text)
+    except Exception as e:
+        return RuntimeError(f"{text}(told as text, for it can't be sent: {e})")
     if not isinstance(error, UserError | KeyboardInterrupt):
         error.add_note(text)
     return error
