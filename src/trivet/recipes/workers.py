@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
 import torch
@@ -145,7 +145,7 @@ def _portable(error: BaseException) -> BaseException:
     """The exception with its traceback as a note, or one that tells it, where it can't be sent."""
     text = "".join(traceback.format_exception(error))
     try:
-        pickle.loads(pickle.dumps(error))
+        ForkingPickler.loads(ForkingPickler.dumps(error))  # what the pipe does, here and there
     except Exception as e:
         return RuntimeError(f"{text}(told as text, for it can't be sent: {e})")
     if not isinstance(error, UserError | KeyboardInterrupt):
