@@ -97,7 +97,7 @@ def run(variant: str, seed: int, text: Path, steps: int, threads: int) -> dict[s
         summary = train(model, documents, config, Path(out), evaluate=evaluate)
         seconds = time.perf_counter() - began
     return {
-        "variant": variant, "seed": seed, "loss": summary["eval/loss"], "seconds": seconds,
+        "variant": variant, "seed": seed, "steps": steps, "threads": threads, "loss": summary["eval/loss"], "seconds": seconds,
         "tokens_per_second": steps * 12 * 64 / seconds, "params": spec.num_params(),
         "active": spec.active_params(), "rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }  # fmt: skip
@@ -120,11 +120,11 @@ def main() -> None:
         return
 
     known = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out and args.out.exists() else []
-    done_before = {(r["variant"], r["seed"]): r for r in known}
+    done_before = {(r["variant"], r["seed"], r["steps"], r["threads"]): r for r in known}
 
     def job(pair: tuple[str, int]) -> dict[str, Any]:
-        if pair in done_before:
-            return done_before[pair]
+        if (*pair, args.steps, args.threads) in done_before:
+            return done_before[(*pair, args.steps, args.threads)]
         command = [sys.executable, __file__, "--one", "--variants", pair[0], "--seeds", str(pair[1])]
         command += ["--text", str(args.text), "--steps", str(args.steps), "--threads", str(args.threads)]
         done = subprocess.run(command, capture_output=True, text=True)
