@@ -4,7 +4,7 @@
 
 1. `fused` against `sorted_` over tokens and shapes, forward and forward + backward. The rule in
    trivet/model/ffn.py allows `fused` so much needless work for each expert's products that it saves
-   (NEEDLESS, one constant a number size); the best constant loses the least time over all measured
+   (NEEDLESS, one constant a device and number size); the best constant loses the least time over all measured
    points (geometric mean of time / better form's time).
 2. A MoE model against a dense one of equal active parameters, training tokens/s (goal >= 0.7x).
 """
@@ -24,7 +24,8 @@ from trivet.spec import GQA, ModelSpec, MoE, Rope, SwiGLU
 from trivet.train.losses import head_loss
 
 SHAPES = [(8, 2, 112, 128), (16, 4, 64, 256), (32, 4, 256, 512), (64, 6, 128, 256)]  # experts, k, width, D
-TOKENS = [1, 2, 4, 8, 16, 32, 64, 256, 1024]
+TOKENS = [1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096, 16384]
+LARGEST = {"cpu": 2**31, "cuda": 2**36}  # products of `fused` beyond which it is far behind, and slow to measure
 
 
 def work(form: Callable[..., Any], leaves: list[torch.Tensor], chosen: torch.Tensor, train: bool) -> Callable[[], None]:
@@ -47,8 +48,8 @@ def forms(args: Any, dtype: torch.dtype, train: bool) -> list[dict[str, Any]]:
     points = []
     for experts, k, hidden, d in SHAPES:
         for tokens in TOKENS:
-            if tokens * experts * hidden * d > 2**31:
-                continue  # far beyond the crossover, and slow
+            if tokens * experts * hidden * d > LARGEST[torch.device(args.device).type]:
+                continue
             g = torch.Generator().manual_seed(0)
             shapes = [(tokens, d), (tokens, k), (experts, 2, hidden, d), (experts, hidden, d)]
             leaves = [(torch.randn(s, generator=g) * 0.1).to(args.device, dtype).requires_grad_(train) for s in shapes]
@@ -56,7 +57,7 @@ def forms(args: Any, dtype: torch.dtype, train: bool) -> list[dict[str, Any]]:
             sides = {f.__name__: work(f, leaves, chosen, train) for f in (fused, sorted_)}
             t = take_turns(sides, args.rounds, args.device)
             points.append({"experts": experts, "k": k, "width": hidden, "d": d, "tokens": tokens,
-                           "bytes": dtype.itemsize, "fused_over_sorted": t["fused"] / t["sorted_"]})  # fmt: skip
+                           "bytes": dtype.itemsize, "device": torch.device(args.device).type, "fused_over_sorted": t["fused"] / t["sorted_"]})  # fmt: skip
     return points
 
 
@@ -64,10 +65,11 @@ def loss_of(points: list[dict[str, Any]], constant: int) -> float:
     """Geometric mean of the rule's time over the better form's, were the rule's constant this one."""
     before, total = dict(ffn.NEEDLESS), 0.0
     for p in points:
-        ffn.NEEDLESS[p["bytes"]] = constant
+        ffn.NEEDLESS[p["device"], p["bytes"]] = constant
         spec = MoE(experts=p["experts"], top_k=p["k"], hidden=p["width"])
         r = math.log(p["fused_over_sorted"])
-        total += max(r, 0.0) if pick_form(spec, p["d"], p["tokens"], p["bytes"]) is fused else max(-r, 0.0)
+        form = pick_form(spec, p["d"], p["tokens"], p["bytes"], p["device"])
+        total += max(r, 0.0) if form is fused else max(-r, 0.0)
     ffn.NEEDLESS.update(before)
     return math.exp(total / len(points))
 
@@ -78,8 +80,8 @@ def report(name: str, points: list[dict[str, Any]]) -> dict[str, Any]:
     for e, k, f, d in SHAPES:
         row = {p["tokens"]: p["fused_over_sorted"] for p in points if (p["experts"], p["k"], p["width"]) == (e, k, f)}
         print(f"{e:7} {k:2} {f:6} {d:4} |" + "".join(f"{row[n]:7.2f}" if n in row else "      -" for n in TOKENS))
-    choices = {2**i: loss_of(points, 2**i) for i in range(10, 24)}
-    best, now = min(choices, key=lambda c: choices[c]), ffn.NEEDLESS[points[0]["bytes"]]
+    choices = {2**i: loss_of(points, 2**i) for i in range(10, 28)}
+    best, now = min(choices, key=lambda c: choices[c]), ffn.NEEDLESS[points[0]["device"], points[0]["bytes"]]
     print(
         f"NEEDLESS 2^{now.bit_length() - 1} loses {choices[now] - 1:.1%}; best 2^{best.bit_length() - 1} loses "
         f"{choices[best] - 1:.1%}; never fused {loss_of(points, 0) - 1:.1%}, always {loss_of(points, 2**60) - 1:.1%}"

@@ -18,7 +18,7 @@ TOLERANCE = 1e-5
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(linear, "CHUNK", 4)  # so that short prompts cross chunk boundaries
-    monkeypatch.setattr(ffn, "NEEDLESS", {4: 384})  # steps fused, the full pass sorted
+    monkeypatch.setattr(ffn, "NEEDLESS", {("cpu", 4): 384})  # steps fused, the full pass sorted
     torch.set_grad_enabled(False)
     yield
     torch.set_grad_enabled(True)

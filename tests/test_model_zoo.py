@@ -138,6 +138,15 @@ def test_cache_bytes_per_slot_and_row_are_as_priced(name: str) -> None:
     assert nbytes(3, 17) == 3 * (spec.state_bytes(4) + (17 + 1) * slot)
 
 
+@pytest.mark.parametrize("wider", [{"gqa": {"head_dim": 10}}, {"mla": {"kv_rank": 11}}, {"lightning": {"heads": 4}}])
+def test_the_bytes_notice_a_wider_cache(wider: dict[str, dict[str, int]]) -> None:
+    """The twin: another mixer's tensors are not this spec's bytes."""
+    spec = spec_of("gqa/dense mla/dense lightning/dense")
+    mixers = MIXERS | {name: MIXERS[name].model_copy(update=change) for name, change in wider.items()}
+    caches = Transformer(spec.model_copy(update={"mixers": mixers})).new_caches(1, 16, dtype=torch.bfloat16)
+    assert sum(c.nbytes for c in caches) > spec.state_bytes(4) + 17 * spec.cache_bytes_per_token(2)
+
+
 def test_active_params_are_what_one_token_meets() -> None:
     """With one token the gradient is non-zero in its own experts only."""
     spec = spec_of("gqa/moe mla/grouped", tied=False)

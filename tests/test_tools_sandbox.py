@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import time
+from typing import Any
 
 import pytest
 
@@ -71,3 +74,20 @@ def test_after_harm_it_still_works_and_remembers_nothing() -> None:
 def test_unknown_tools_name_the_nearest() -> None:
     with pytest.raises(UserError, match="Did you mean 'calculator'"):
         get_tool("calculater")
+
+
+def test_a_tool_that_cannot_run_says_so_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at its first call, which in a run comes after minutes of training."""
+    sandbox = importlib.import_module("trivet.tools.python")  # the name in the package is the tool
+    monkeypatch.setattr(sandbox, "_pool", None)
+
+    def lost(**_: Any) -> None:
+        raise FileNotFoundError("no binary")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pydantic_monty.Monty", lost)
+        with pytest.raises(UserError, match="does not start: no binary"):
+            get_tool("calculator")
+    monkeypatch.setitem(sys.modules, "pydantic_monty", None)
+    with pytest.raises(UserError, match=r"pip install 'trivet\[tools\]'"):
+        get_tool("calculator")

@@ -100,7 +100,7 @@ class MoEFFN(Float32Buffers):
         gates = (gates * self.spec.scale).to(x.dtype)
         if routing is not None:
             self._record(routing, scores, chosen, x.shape, layout)
-        form = pick_form(self.spec, x.shape[-1], len(flat), x.element_size())
+        form = pick_form(self.spec, x.shape[-1], len(flat), x.element_size(), x.device.type)
         y = form(flat, chosen, gates, self.gate_up, self.down)
         if self.shared is not None:
             y = y + self.shared(flat)
@@ -146,12 +146,13 @@ class MoEFFN(Float32Buffers):
 
 # ------------------------------------------------------------------------- the sum over chosen experts
 Form = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-# How many needless numbers of expert weight `fused` may touch for each expert's products that it saves,
-# by bytes a number: a bf16 product of few rows has a far higher fixed cost. From benchmarks/moe_forms.py.
-NEEDLESS = {4: 2**15, 2: 2**18}
+# How many needless numbers of expert weight `fused` may touch for each expert's products that it saves, by
+# device and bytes a number: on a CPU a bf16 product of few rows has a far higher fixed cost; on a GPU the
+# fixed costs are launches, and in fp32 a grouped product is a loop. From benchmarks/moe_forms.py.
+NEEDLESS = {("cpu", 4): 2**15, ("cpu", 2): 2**18, ("cuda", 4): 2**25, ("cuda", 2): 2**25}
 
 
-def pick_form(spec: MoE, d_model: int, tokens: int, bytes_per_number: int) -> Form:
+def pick_form(spec: MoE, d_model: int, tokens: int, bytes_per_number: int, device: str = "cpu") -> Form:
     """`fused` where its needless work costs less than the calls it saves, else `sorted_`.
 
     Needless are the experts that no token chose, read once, and the products of tokens with experts
@@ -159,7 +160,7 @@ def pick_form(spec: MoE, d_model: int, tokens: int, bytes_per_number: int) -> Fo
     """
     met = spec.experts * (1 - (1 - spec.top_k / spec.experts) ** tokens)  # expected, if all are alike
     needless = (spec.experts - met) + tokens * (spec.experts - spec.top_k) / 8
-    allowed = met * NEEDLESS.get(bytes_per_number, 0)
+    allowed = met * NEEDLESS.get((device, bytes_per_number), 0)
     return fused if needless * spec.hidden * d_model <= allowed else sorted_
 
 

@@ -6,7 +6,7 @@ import re
 
 from trivet.config import UserError, nearest
 from trivet.tools.base import Tool, ToolFailure, ToolResult
-from trivet.tools.python import evaluate
+from trivet.tools.python import evaluate, open_sandbox
 
 LONGEST_NUMBER = 32
 
@@ -27,9 +27,10 @@ TOOLS = {function.__name__: function for function in (calculator, python)}
 
 
 def get_tool(name: str) -> Tool:
-    """A built-in tool. Raises UserError naming the nearest one."""
+    """A built-in tool, ready to run. Raises UserError naming the nearest one, or what it lacks."""
     if name not in TOOLS:
         raise UserError(f"No tool {name!r}; there are {', '.join(TOOLS)}.{nearest(name, TOOLS)}")
+    open_sandbox()  # what is missing is said now, not at the first call after minutes of training
     return Tool(TOOLS[name])
 
 

@@ -24,10 +24,10 @@ _pool: Any = None
 
 def evaluate(code: str, max_chars: int = MAX_CHARS) -> str:
     """The value of the last expression, or what was printed. Raises ToolFailure with text for the model."""
-    import pydantic_monty as monty  # checked by _open below
+    pool = open_sandbox()
+    import pydantic_monty as monty
 
     printed: list[str] = []
-    pool = _open()
     try:
         with pool.checkout(limits=LIMITS) as session:
             value = session.feed_run(code, print_callback=lambda stream, text: printed.append(text))
@@ -46,13 +46,17 @@ def evaluate(code: str, max_chars: int = MAX_CHARS) -> str:
     return text
 
 
-def _open() -> Any:
+def open_sandbox() -> Any:
+    """The worker, started if it is not running. Raises UserError where it can't be."""
     global _pool
     if _pool is None:
         try:
             import pydantic_monty as monty
         except ImportError:
             raise UserError("Running a model's code needs pydantic-monty: pip install 'trivet[tools]'") from None
-        _pool = monty.Monty(max_processes=1, request_timeout=REQUEST_SECONDS).__enter__()
+        try:
+            _pool = monty.Monty(max_processes=1, request_timeout=REQUEST_SECONDS).__enter__()
+        except OSError as e:  # its program is missing or may not be run
+            raise UserError(f"pydantic-monty, which runs a model's code, does not start: {e}") from None
         atexit.register(_pool.__exit__, None, None, None)
     return _pool
