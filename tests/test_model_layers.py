@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from test_model_zoo import D, gap, next_token_loss, noisy, spec_of, tokens_of
-from trivet.model import Transformer
+from trivet.model import Transformer, attention
 from trivet.model.attention import _products, attend
 from trivet.model.layers import Layout, RMSNorm, apply_rope, inverse_frequencies, rotation_amplitude, yarn_temperature
 from trivet.spec import Rope, Yarn
@@ -82,7 +82,9 @@ def test_temperatures_of_the_released_deepseeks() -> None:
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=str)
 @pytest.mark.parametrize("widths", [(8, 8), (10, 7)], ids=str)
-def test_attend_is_softmax_attention(heads: tuple[int, int], widths: tuple[int, int]) -> None:
+def test_attend_is_softmax_attention(
+    heads: tuple[int, int], widths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows of queries, one query (the folded form) and plain causal rows, against a loop over heads."""
     (h, k_heads), (kd, vd) = heads, widths
     q, k, v = torch.randn(2, h, 5, kd), torch.randn(2, k_heads, 5, kd), torch.randn(2, k_heads, 5, vd)
@@ -101,9 +103,13 @@ def test_attend_is_softmax_attention(heads: tuple[int, int], widths: tuple[int, 
     assert gap(attend(q, k, v, causal, 0.3), want) < 1e-5
     assert gap(attend(q[:, :, 3:4], k, v, causal[:, :, 3:4], 0.3), want[:, :, 3:4]) < 1e-5
     assert gap(attend(q[:, :, 3:4], k, v, causal[:, :, 2:3], 0.3), want[:, :, 3:4]) > 1e-3
-    folded = q[:, :, 3].reshape(2, k_heads, h // k_heads, kd)  # the form that one query takes on a GPU
-    products = _products(folded, k, v, causal[:, :, 3:4], 0.3).flatten(1, 2).unsqueeze(2)
-    assert gap(products, want[:, :, 3:4]) < 1e-5
+    for piece, block in ((2**20, 128), (30, 2), (30, 5)):  # all at once, and some pairs or queries at a time
+        monkeypatch.setattr(attention, "PIECE", piece)
+        monkeypatch.setattr(attention, "BLOCK", {torch.float32: block})
+        assert gap(_products(q, k, v, None, 0.3), want) < 1e-5
+        assert gap(_products(q, k, v, causal, 0.3), want) < 1e-5
+        assert gap(_products(q[:, :, 3:4], k, v, causal[:, :, 3:4], 0.3), want[:, :, 3:4]) < 1e-5
+        assert gap(_products(q[:, :, 3:4], k, v, causal[:, :, 2:3], 0.3), want[:, :, 3:4]) > 1e-3
 
 
 def test_a_window_sees_itself_and_what_is_just_before() -> None:

@@ -15,10 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from test_model_zoo import noisy
 from trivet.config import UserError
 from trivet.disk import Journal
 from trivet.model import Transformer
-from trivet.spec import MLA, ModelSpec, MoE, Rope
+from trivet.spec import GQA, MLA, Lightning, ModelSpec, MoE, Rope, SwiGLU
 from trivet.train.data import Batch, Document, lay_out, stable_hash
 from trivet.train.trainer import Interrupted, TrainConfig, backward, measure_peak, train
 
@@ -148,6 +149,30 @@ def test_it_learns_and_says_what_it_did(tmp_path: Path) -> None:
     assert summary["targets"] < summary["tokens"] <= summary["slots"] == 60 * 2 * 2 * 24
     assert 0 < summary["mfu"] < 1 and summary["gflops"] == pytest.approx(summary["mfu"] * measure_peak("cpu"), rel=0.9)
     assert not torch.equal(model.layers[0].ffn.bias, first)  # type: ignore[union-attr,arg-type]
+
+
+@pytest.mark.parametrize("pattern", ["mla/moe*2", "lightning/moe gqa/dense"])
+def test_bf16_products_leave_weights_routers_and_losses_in_fp32(pattern: str) -> None:
+    mixers = {**SPEC.mixers, "lightning": Lightning(heads=2, head_dim=8),
+              "gqa": GQA(heads=2, kv_heads=1, head_dim=8, rope=Rope(dims=4), qk_norm=True)}  # fmt: skip
+    ffns = {**SPEC.ffns, "dense": SwiGLU(hidden=24)}
+    spec = SPEC.model_copy(update={"pattern": pattern, "mixers": mixers, "ffns": ffns})
+    model, batch = noisy(spec, std=0.08), cuts()[1][0]
+    grads, losses = [], []
+    for precision in ("fp32", "bf16"):
+        losses.append(backward(model, [batch], 0.3, precision).loss)
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad(set_to_none=True)
+    assert losses[1].dtype == torch.float32 and losses[0] != losses[1]  # the twin: it does something
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.02)
+    assert grads[0].keys() == grads[1].keys()
+    for name, g in grads[1].items():
+        assert g.dtype == torch.float32
+        assert torch.nn.functional.cosine_similarity(g.flatten(), grads[0][name].flatten(), dim=0) > 0.97, name
+    x, ffn = torch.randn(3, 16), model.layers[0].ffn
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = ffn._scores(x)  # type: ignore[union-attr,operator]
+    assert torch.equal(scores, ffn._scores(x))  # type: ignore[union-attr,operator]
 
 
 def weights(model: Transformer) -> list[torch.Tensor]:

@@ -169,6 +169,9 @@ def _interruptible() -> Iterator[None]:
 def _device(name: str, threads: int = 0) -> torch.device:
     import torch
 
+    from trivet.recipes.memory import keep_freed_memory
+
+    keep_freed_memory()
     if threads:
         torch.set_num_threads(threads)
     if name == "auto":

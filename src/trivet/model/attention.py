@@ -80,25 +80,64 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     mask: bool [B,1,T,S], True where a key is seen; None: causal (T = S).
     """
     heads, kv_heads, width = q.shape[1], k.shape[1], v.shape[-1]
+    if products_win(q, k, mask):
+        return _products(q, k, v, mask, scale)
     if q.shape[2] == 1 and mask is not None:
         # One query a row (decode): the query heads of a group become rows of one product, so that
         # keys are read once and never repeated.
         q = q.reshape(q.shape[0], kv_heads, heads // kv_heads, -1)  # [B,K,H/K,hd]
-        one = _products if q.device.type == "cuda" else F.scaled_dot_product_attention
-        return one(q, k, v, attn_mask=mask, scale=scale).flatten(1, 2).unsqueeze(2)
-    dtype = q.dtype
-    if dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled() and q.shape[2] < 256:
-        # The CPU kernel's bf16 backward takes 3.6 times its fp32 one at T = 64, the same at 256, less beyond.
-        q, k, v = q.float(), k.float(), v.float()
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).flatten(1, 2).unsqueeze(2)
     if v.shape[-1] < k.shape[-1]:  # fused kernels want equal widths (MLA's values are narrower)
         v = F.pad(v, (0, k.shape[-1] - v.shape[-1]))
     y = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=heads != kv_heads
     )
-    return y[..., :width].to(dtype)
+    return y[..., :width]
 
 
-def _products(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, scale: float) -> Tensor:
-    """Two batched products: a GPU's fused kernels would give a short query too few blocks to work on."""
-    scores = (q @ k.transpose(-1, -2)).float() * scale  # [B,K,H/K,S]
-    return scores.masked_fill(~attn_mask, float("-inf")).softmax(-1).to(v.dtype) @ v
+MANY_ROWS = 8  # from here on a step of decoding is faster in products, on a CPU in fp32
+LONGEST = {torch.float32: 512, torch.bfloat16: 2048}  # the same for longer rows, by type
+MOST_SCORES = 2**24  # products keep a layer's scores for the backward pass, fused kernels do not
+PIECE = 2**20  # scores worked on at a time: what a core's cache holds
+BLOCK = {torch.float32: 128, torch.bfloat16: 256}  # queries that share the keys up to the last of them
+
+
+def products_win(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
+    """Whether plain products beat the fused kernel, forward and backward; measured in docs/LOG.md."""
+    batch, heads, length, span = *q.shape[:3], k.shape[2]
+    if length == 1:  # a GPU's fused kernels would give one query too few blocks to work on
+        return q.is_cuda or (q.dtype == torch.float32 and batch >= MANY_ROWS)
+    if q.device.type != "cpu" or batch * heads * length * span > MOST_SCORES:
+        return False
+    return length <= LONGEST.get(q.dtype, 0) and (mask is None or q.dtype == torch.bfloat16)
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Two batched products over (row, key head) pairs, on a CPU in pieces that its cache holds.
+
+    The query heads of a group are rows of one product, so that keys are read once and never repeated.
+    Without a mask, queries go block by block, each block with the keys that its last query sees.
+    """
+    batch, heads, length, _ = q.shape
+    kv_heads, span = k.shape[1:3]
+    pairs, group = batch * kv_heads, heads // kv_heads
+    block = min(length, BLOCK.get(q.dtype, length)) if mask is None else length
+    size = pairs if q.is_cuda else max(1, PIECE // (group * block * span))
+    seen = causal(length, length, q.device) if mask is None else mask  # [B,1,T,S] or [1,1,T,S]
+    bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, float("-inf"))
+    if len(bias) > 1:
+        bias = bias.expand(-1, kv_heads, -1, -1).reshape(pairs, 1, length, span)
+    queries = (q * scale).reshape(pairs, group, length, -1)
+    keys, values = k.flatten(0, 1), v.flatten(0, 1)
+    done = []
+    for piece in (slice(i, i + size) for i in range(0, pairs, size)):
+        blocks = []
+        for start in range(0, length, block):
+            rows = slice(start, start + block)
+            until = slice(min(start + block, span) if mask is None else span)
+            scores = queries[piece, :, rows].flatten(1, 2) @ keys[piece, until].transpose(-1, -2)
+            scores = scores.unflatten(1, (group, -1)).add_(bias[piece if len(bias) > 1 else slice(1), :, rows, until])
+            weights = scores.softmax(-1)  # summed in fp32, whatever its type
+            blocks.append((weights.flatten(1, 2) @ values[piece, until]).unflatten(1, (group, -1)))
+        done.append(torch.cat(blocks, 2))  # [pairs,group,T,vd]
+    return torch.cat(done).view(batch, heads, length, -1)

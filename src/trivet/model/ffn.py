@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trivet.config import UserError
-from trivet.model.layers import Float32Buffers, Layout
+from trivet.model.layers import Float32Buffers, Layout, as_autocast, exact
 from trivet.spec import MoE, SwiGLU
 
 
@@ -107,7 +107,8 @@ class MoEFFN(Float32Buffers):
         return y.view_as(x)
 
     def _scores(self, x: Tensor) -> Tensor:
-        logits = F.linear(x.float(), self.router.float())
+        with exact(x):
+            logits = F.linear(x.float(), self.router.float())
         return logits.sigmoid() if self.spec.score == "sigmoid" else logits.softmax(-1)
 
     def _choose(self, scores: Tensor) -> Tensor:
@@ -173,43 +174,69 @@ def fused(x: Tensor, chosen: Tensor, gates: Tensor, gate_up: Tensor, down: Tenso
     return h.flatten(1) @ down.flatten(0, 1)
 
 
+# On a CPU a bf16 product of a new shape first compiles its kernel, which takes longer than running it, and
+# groups change size at every step: so they are filled up to a multiple, by device and bytes a number.
+GROUP_MULTIPLE = {("cpu", 2): 16}
+
+
 def sorted_(x: Tensor, chosen: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Sort (token, expert) pairs by expert and run grouped matrix products. x [N,D] -> [N,D]"""
-    experts, top_k = len(gate_up), chosen.shape[1]
-    order = chosen.flatten().argsort(stable=True)  # [N*k] pairs, expert by expert
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
-    ends = torch.bincount(chosen.flatten(), minlength=experts).cumsum(0).to(torch.int32)
-    rows = cast(Tensor, _Spread.apply(x, order, back, top_k))  # [N*k,D]
-    gate, up = F.grouped_mm(rows, gate_up.flatten(1, 2).transpose(-1, -2), offs=ends).chunk(2, -1)  # [N*k,F]
-    out = F.grouped_mm(F.silu(gate) * up, down, offs=ends)  # [N*k,D]
-    out = cast(Tensor, _Reorder.apply(out, back, order))  # token by token again
+    x, gate_up, down = as_autocast(x, gate_up, down)
+    top_k = chosen.shape[1]
+    multiple = GROUP_MULTIPLE.get((x.device.type, x.element_size()), 1)
+    pair, slot, ends = _slots(chosen.flatten(), len(gate_up), multiple)
+    rows = cast(Tensor, _Spread.apply(x, pair, slot, top_k))  # [S,D]
+    gate, up = F.grouped_mm(rows, gate_up.flatten(1, 2).transpose(-1, -2), offs=ends).chunk(2, -1)  # [S,F]
+    out = F.grouped_mm(F.silu(gate) * up, down, offs=ends)  # [S,D]
+    out = cast(Tensor, _Gather.apply(out, pair, slot))  # [N*k,D] token by token again
     return (out.unflatten(0, (-1, top_k)) * gates.unsqueeze(-1)).sum(1)
 
 
-class _Reorder(torch.autograd.Function):
-    """x[index] for a permutation: its gradient is a gather too, where autograd would scatter-add."""
+def _slots(expert: Tensor, experts: int, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each (token, expert) pair goes: pair of each slot [S], slot of each pair [N*k], ends of groups [E].
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return grads[0].index_select(0, inverse), None, None
+    S = N*k and both are permutations, unless groups are filled up: an idle slot names pair 0, and as no
+    pair names that slot, what it computes is never read and its gradient is 0.
+    """
+    order = expert.argsort(stable=True)  # pairs, expert by expert
+    index = torch.arange(len(order), device=expert.device)
+    counts = torch.bincount(expert, minlength=experts)
+    if multiple == 1:
+        return order, torch.empty_like(order).scatter_(0, order, index), counts.cumsum(0).to(torch.int32)
+    room = (counts + multiple - 1) // multiple * multiple
+    ends = room.cumsum(0)
+    shift = (ends - room) - (counts.cumsum(0) - counts)  # how far the filling before it moves a group
+    slot = torch.empty_like(order).scatter_(0, order, index + shift[expert[order]])
+    pair = torch.zeros(int(ends[-1]), dtype=order.dtype, device=order.device).scatter_(0, slot, index)
+    return pair, slot, ends.to(torch.int32)
 
 
 class _Spread(torch.autograd.Function):
-    """Every row k times, in expert order: x[order // k]. The gradient sums a token's k copies."""
+    """Every row k times, in expert order: x[pair // k]. The gradient sums a token's k copies."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(back)
+    def forward(ctx: Any, x: Tensor, pair: Tensor, slot: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(slot)
         ctx.top_k = top_k
-        return x.index_select(0, order // top_k)
+        return x.index_select(0, pair // top_k)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (back,) = ctx.saved_tensors
-        return grads[0].index_select(0, back).unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
+        (slot,) = ctx.saved_tensors
+        return grads[0].index_select(0, slot).unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
+
+
+class _Gather(torch.autograd.Function):
+    """x[slot]: its gradient is a gather too if that is a permutation, where autograd would scatter-add."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pair: Tensor, slot: Tensor) -> Tensor:
+        ctx.save_for_backward(pair, slot)
+        return x.index_select(0, slot)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (g,), (pair, slot) = grads, ctx.saved_tensors
+        if len(pair) == len(slot):
+            return g.index_select(0, pair), None, None
+        return g.new_zeros(len(pair), g.shape[1]).index_copy_(0, slot, g), None, None

@@ -34,7 +34,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # Under autocast x may be bf16: with a weight of another type there is no fused kernel.
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class Linear(nn.Linear):
@@ -61,6 +62,22 @@ class Float32Buffers(nn.Module):
             if before is not None and moved is not None and moved.dtype != before.dtype:
                 self._buffers[name] = before.to(moved.device)
         return self
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the type that autocast, if it is on, wants for products.
+
+    It does not reach grouped products, products into a given tensor, nor a backward written by hand.
+    """
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(t.to(torch.get_autocast_dtype(kind)) for t in tensors)
+
+
+def exact(x: Tensor) -> torch.autocast:
+    """Products keep their tensors' own type in here, whatever autocast wants outside."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 # ---------------------------------------------------------------------------------------- positions

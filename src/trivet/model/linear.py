@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trivet.model.cache import StateCache
-from trivet.model.layers import Float32Buffers, Layout, Linear, RMSNorm
+from trivet.model.layers import Float32Buffers, Layout, Linear, RMSNorm, exact
 from trivet.spec import Lightning
 
 CHUNK = 128  # tokens a chunk: the quadratic part costs 4 H T CHUNK hd, the state part 4 H T hd^2
@@ -50,13 +50,14 @@ class LightningAttention(Float32Buffers):
             F.silu(p(x)).unflatten(-1, (s.heads, s.head_dim)).transpose(1, 2).float()
             for p in (self.q_proj, self.k_proj, self.v_proj)
         )  # [B,H,T,hd]
-        if cache is None:
-            o, _ = chunked(q, k, v, self.slopes, layout.documents(), layout.positions, None)
-        else:
-            assert layout.positions is not None
-            form = recurrent if x.shape[1] == 1 else chunked
-            o, state = form(q, k, v, self.slopes, layout.documents(), layout.positions, cache.read(len(x)))
-            cache.write(state)
+        with exact(x):
+            if cache is None:
+                o, _ = chunked(q, k, v, self.slopes, layout.documents(), layout.positions, None)
+            else:
+                assert layout.positions is not None
+                form = recurrent if x.shape[1] == 1 else chunked
+                o, state = form(q, k, v, self.slopes, layout.documents(), layout.positions, cache.read(len(x)))
+                cache.write(state)
         o = self.norm(o.transpose(1, 2).flatten(2).to(x.dtype))
         return self.o_proj(torch.sigmoid(self.gate(x)) * o)
 

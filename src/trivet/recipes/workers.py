@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 
 from trivet.config import UserError
+from trivet.recipes.memory import keep_freed_memory
 from trivet.train.trainer import Deferred
 
 R = TypeVar("R")
@@ -121,6 +122,7 @@ def _work(pipe: Connection, threads: int) -> None:
     """Do what comes through the pipe until it is closed."""
     with suppress(OSError):
         os.setpgid(0, 0)  # a terminal's Ctrl-C reaches the parent only, which passes it on once
+    keep_freed_memory()
     torch.set_num_threads(threads)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     while True:

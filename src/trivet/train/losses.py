@@ -1,7 +1,8 @@
 """Next-token losses whose logits never exist all at once.
 
 With a vocabulary of 152k the logits [N, V] and their gradient are the largest tensors of a training
-step by far. Both functions here walk over the tokens in chunks that hold about `CHUNK` numbers:
+step by far. Both functions here walk over the tokens in chunks that hold about `CHUNK` numbers, or as
+many as W, whose gradient every chunk must read and write:
 
     loss      sum over tokens of  logsumexp(z) - z[y],   z = W h
     gradient  dz = softmax(z) - onehot(y),   dh = dz W,   dW = dz^T h
@@ -25,9 +26,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from trivet.model.layers import as_autocast
 from trivet.train.data import IGNORE
 
-CHUNK = 2**23  # numbers in one chunk of logits: 32 MB in fp32
+CHUNK = 2**22  # numbers in one chunk of logits: 16 MB in fp32
 
 
 def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None) -> tuple[Tensor, int]:
@@ -38,6 +40,7 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None
     keep = (targets != IGNORE).nonzero().squeeze(1)
     if len(keep) < len(targets):
         hidden, targets = hidden[keep], targets[keep]
+    hidden, weight = as_autocast(hidden, weight)
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _HeadLoss.apply(hidden, weight, targets, chunk, wanted), len(targets)
 
@@ -48,7 +51,7 @@ def token_logprobs(
     """log p(target) and the entropy of each token's distribution at `temperature`: [N], [N] in fp32."""
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
-    return _TokenLogprobs.apply(hidden, weight, targets, temperature, chunk)
+    return _TokenLogprobs.apply(*as_autocast(hidden, weight), targets, temperature, chunk)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -58,7 +61,7 @@ class _HeadLoss(torch.autograd.Function):
         if wanted:
             d_hidden = torch.empty_like(hidden)
             d_weight = torch.zeros_like(weight, dtype=torch.float32)  # bf16 would lose small chunks
-        for part in _chunks(len(targets), len(weight), chunk):
+        for part in _chunks(len(targets), weight, chunk):
             h, y = hidden[part], targets[part, None]  # [n, D], [n, 1]
             logp = (h @ weight.T).float().log_softmax(-1)  # [n, V]
             total -= logp.gather(-1, y).sum()
@@ -86,7 +89,7 @@ class _TokenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(logprobs)
-        for part in _chunks(len(targets), len(weight), chunk):
+        for part in _chunks(len(targets), weight, chunk):
             logp = ((hidden[part] @ weight.T).float() / temperature).log_softmax(-1)  # [n, V]
             logprobs[part] = logp.gather(-1, targets[part, None]).squeeze(-1)
             entropy[part] = -(logp.exp() * logp).sum(-1)
@@ -100,7 +103,7 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, weight, targets, entropy = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for part in _chunks(len(targets), len(weight), ctx.chunk):
+        for part in _chunks(len(targets), weight, ctx.chunk):
             h, y = hidden[part], targets[part, None]
             logp = ((h @ weight.T).float() / ctx.temperature).log_softmax(-1)  # [n, V]
             p = logp.exp()
@@ -113,7 +116,8 @@ class _TokenLogprobs(torch.autograd.Function):
         return d_hidden, d_weight.to(weight.dtype), None, None, None
 
 
-def _chunks(rows: int, vocab: int, chunk: int | None) -> Iterator[slice]:
-    size = max(1, CHUNK // vocab) if chunk is None else chunk
+def _chunks(rows: int, weight: Tensor, chunk: int | None) -> Iterator[slice]:
+    vocab, d_model = weight.shape
+    size = max(d_model, CHUNK // vocab) if chunk is None else chunk
     for start in range(0, rows, size):
         yield slice(start, start + size)

@@ -42,6 +42,7 @@ from trivet.train.data import Batch, Documents, PackedBatches, stable_hash
 from trivet.train.losses import head_loss
 from trivet.train.optim import Optimizer, clip, schedule
 
+Precision = Literal["fp32", "bf16"]
 TIMES = ("seconds", "tokens_per_second", "gflops", "mfu")  # metrics that differ from run to run
 
 
@@ -58,6 +59,9 @@ class TrainConfig(Frozen):
     muon_lr: float = Field(default=0.02, ge=0, description="learning rate of the matrices")
     adam_lr: float = Field(default=3e-3, ge=0, description="learning rate of everything else")
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled; spares vectors")
+    precision: Precision = Field(
+        default="fp32", description="of products in the model; weights, optimizer and softmaxes stay fp32"
+    )
     clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient; inf: never clip")
     warmup: int = Field(default=0, ge=0, description="steps of linear warm-up")
     decay_share: float = Field(default=0.4, ge=0, le=1, description="last share of the run, in which the rate falls")
@@ -125,7 +129,9 @@ class StepSums:
     loads: list[Tensor] = field(default_factory=list)  # [E] tokens a MoE layer
 
 
-def backward(model: Transformer, batches: Sequence[Batch], mtp_weight: float) -> StepSums:
+def backward(
+    model: Transformer, batches: Sequence[Batch], mtp_weight: float, precision: Precision = "fp32"
+) -> StepSums:
     """Add the gradient of one step's loss, however its documents are spread over batches and rows."""
     total = sum(batch.count for batch in batches)
     depths = model.spec.mtp
@@ -133,15 +139,17 @@ def backward(model: Transformer, batches: Sequence[Batch], mtp_weight: float) ->
     ahead_totals = [sum(int((a[k] >= 0).sum()) for a in ahead) for k in range(depths)]
     zero = torch.zeros((), device=batches[0].tokens.device)
     sums = StepSums(zero, zero, zero)
+    products = torch.autocast(zero.device.type, torch.bfloat16, enabled=precision == "bf16")
     for batch, further in zip(batches, ahead, strict=True):
         routing = Routing()
-        hidden = model(batch.tokens, batch.positions, routing=routing)
-        loss = head_loss(hidden.flatten(0, 1), model.head_weight, batch.targets.flatten())[0] / total
-        mtp = loss.new_zeros(())
-        if depths:
-            outputs = model.mtp_hidden(hidden, batch.tokens, batch.positions, routing)
-            for h, targets, n in zip(outputs, further, ahead_totals, strict=True):
-                mtp = mtp + head_loss(h.flatten(0, 1), model.head_weight, targets.flatten())[0] / max(n, 1) / depths
+        with products:
+            hidden = model(batch.tokens, batch.positions, routing=routing)
+            loss = head_loss(hidden.flatten(0, 1), model.head_weight, batch.targets.flatten())[0] / total
+            mtp = loss.new_zeros(())
+            if depths:
+                outputs = model.mtp_hidden(hidden, batch.tokens, batch.positions, routing)
+                for h, targets, n in zip(outputs, further, ahead_totals, strict=True):
+                    mtp = mtp + head_loss(h.flatten(0, 1), model.head_weight, targets.flatten())[0] / max(n, 1) / depths
         balance = torch.as_tensor(routing.balance, device=loss.device) / len(batches)
         (loss + mtp_weight * mtp + balance).backward()
         sums.loss = sums.loss + loss.detach()
@@ -177,7 +185,7 @@ class _Run:
         self.batches = PackedBatches(documents, config.rows, config.length, self.start, config.overflow)
         self.batches.cut = self.totals["cut"]
         done = self.step >= config.steps
-        self.peak = 0.0 if done else measure_peak(device)
+        self.peak = 0.0 if done else measure_peak(device, config.precision)
         self.board = Board(out / "tensorboard", self.step) if config.tensorboard and not done else None
         self.began = self.saved_at = self.logged_at = time.perf_counter()
         self.flops_since_log = 0.0
@@ -188,7 +196,7 @@ class _Run:
         config = self.config
         torch.manual_seed(stable_hash(config.seed, self.step))
         packed = [next(self.batches) for _ in range(config.accumulate)]
-        self.sums = backward(self.model, [batch.to(self.device) for batch in packed], config.mtp_weight)
+        self.sums = backward(self.model, [batch.to(self.device) for batch in packed], config.mtp_weight, config.precision)
         self.norm = clip(self.optimizer.parameters(), config.clip)
         self.rate = schedule(self.step, config.steps, config.warmup, config.decay_share, config.final_lr, config.decay)
         self.optimizer.step(self.rate)
@@ -269,10 +277,10 @@ class _Run:
 
 
 # ------------------------------------------------------------------------------------------ helpers
-def measure_peak(device: torch.device | str, seconds: float = 0.05) -> float:
-    """GFLOP/s of a large fp32 matmul on the device: what `mfu` is a share of."""
+def measure_peak(device: torch.device | str, precision: Precision = "fp32", seconds: float = 0.05) -> float:
+    """GFLOP/s of a large matmul on the device: what `mfu` is a share of."""
     n = 768 if torch.device(device).type == "cpu" else 4096
-    a = torch.ones(n, n, device=device)
+    a = torch.ones(n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     (a @ a)[0, 0].item()  # warm up; item() waits for any device
     best, end = math.inf, time.perf_counter() + seconds
     while time.perf_counter() < end:
