@@ -196,7 +196,9 @@ class _Run:
         config = self.config
         torch.manual_seed(stable_hash(config.seed, self.step))
         packed = [next(self.batches) for _ in range(config.accumulate)]
-        self.sums = backward(self.model, [batch.to(self.device) for batch in packed], config.mtp_weight, config.precision)
+        self.sums = backward(
+            self.model, [batch.to(self.device) for batch in packed], config.mtp_weight, config.precision
+        )
         self.norm = clip(self.optimizer.parameters(), config.clip)
         self.rate = schedule(self.step, config.steps, config.warmup, config.decay_share, config.final_lr, config.decay)
         self.optimizer.step(self.rate)
