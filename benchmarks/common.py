@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from trivet.recipes.memory import keep_freed_memory
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # peers.py: the weight mapping
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -29,6 +31,7 @@ def arguments(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--keep-memory", action="store_true", help="keep freed memory, as the command line does")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     return parser
 
@@ -55,6 +58,8 @@ def best(work: Callable[[], Any], device: str, times: int = 5) -> float:
 def machine(args: argparse.Namespace) -> dict[str, Any]:
     """Who measured, and what it can do at most: read bandwidth and matmul peak, both measured here."""
     torch.set_num_threads(args.threads)
+    if args.keep_memory:
+        keep_freed_memory()
     device = args.device
     big = torch.ones(2**26, device=device)  # 256 MiB: larger than any cache
     facts: dict[str, Any] = {
@@ -62,6 +67,7 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
         "device": device,
         "threads": args.threads,
         "torch": torch.__version__,
+        "keeps_memory": args.keep_memory,
         "load": os.getloadavg()[0],
         "bytes_per_s": big.nbytes / best(big.sum, device),
     }

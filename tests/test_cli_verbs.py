@@ -86,7 +86,7 @@ def test_help_needs_no_manual(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         (("rl", DEMO), "unknown key"),
         (("chat", "nowhere"), "'nowhere' is no model directory"),
         (("eval", "nowhere", "--task", "chain"), "'nowhere' is no model directory"),
-        (("plan", "nowhere"), "No file 'nowhere'"),
+        (("plan", "nowhere"), "No model 'nowhere'"),
         (("plan", "pyproject.toml"), "describes no model"),
     ],
 )

@@ -22,6 +22,8 @@ SPECS = {
     "v2-lite": MoE(experts=8, top_k=3, hidden=8, shared_hidden=12, score="softmax", norm_topk=False,
                    selection_bias=False),
     "qwen": MoE(experts=8, top_k=3, hidden=8, score="softmax", selection_bias=False),
+    "qwen2": MoE(experts=8, top_k=3, hidden=8, shared_hidden=12, shared_gate=True, score="softmax", norm_topk=False,
+                 selection_bias=False),
     "sigmoid, one expert": MoE(experts=5, top_k=1, hidden=8, norm_topk=False),
     "all experts": MoE(experts=4, top_k=4, hidden=8, score="softmax", selection_bias=True),
 }  # fmt: skip
@@ -65,7 +67,8 @@ def as_published(layer: MoEFFN, x: Tensor, use_bias: bool = True) -> tuple[Tenso
             y = y + affinity[i] / total * s.scale * (layer.down[i].T @ (F.silu(gate @ h) * (up @ h)))
         if layer.shared is not None:
             gate, up = layer.shared.gate_up
-            y = y + layer.shared.down @ (F.silu(gate @ h) * (up @ h))
+            always = layer.shared.down @ (F.silu(gate @ h) * (up @ h))
+            y = y + (always if layer.shared_gate is None else (layer.shared_gate[0] @ h).sigmoid() * always)
         ys.append(y)
         chosen.append(sorted(picked))
     return torch.stack(ys), chosen
@@ -119,6 +122,26 @@ def test_forms_agree_when_experts_get_no_token(tokens: int) -> None:
     for a, b in zip(*results, strict=True):
         assert gap(a, b) < 1e-5
     assert gap(sorted_(inputs(tokens), chosen.flip(1), gates, layer.gate_up, layer.down), results[0][0]) > 0.01
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+def test_filling_groups_up_changes_nothing(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a CPU does in bf16: groups of whole multiples, whose idle rows touch no result and no gradient."""
+    layer = layer_of(MoE(experts=16, top_k=3, hidden=8, selection_bias=False))
+    chosen = torch.rand(tokens, 16, generator=torch.Generator().manual_seed(4)).topk(3).indices
+    gates = torch.rand(tokens, 3, generator=torch.Generator().manual_seed(2))
+    results = []
+    for multiple in (1, 4, 16):
+        monkeypatch.setattr(ffn, "GROUP_MULTIPLE", {("cpu", 4): multiple})
+        leaves = [inputs(tokens).requires_grad_(), gates.clone().requires_grad_(), layer.gate_up, layer.down]
+        y = sorted_(leaves[0], chosen, *leaves[1:])
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+        pair, slot, ends = ffn._slots(chosen.flatten(), 16, multiple)
+        assert torch.equal(pair[slot], torch.arange(3 * tokens)) and not (ends % multiple).any()
+        assert ((torch.searchsorted(ends, slot.to(ends.dtype), right=True)) == chosen.flatten()).all()
+    for filled in results[1:]:
+        for a, b in zip(filled, results[0], strict=True):
+            assert gap(a, b) < 1e-6
 
 
 def test_the_form_follows_from_the_needless_work() -> None:

@@ -52,6 +52,8 @@ FFNS: dict[str, FFN] = {
     "moe": MoE(experts=6, top_k=2, hidden=16, shared_hidden=8, scale=1.5, balance=0.01),
     "grouped": MoE(experts=8, top_k=3, hidden=16, groups=4, top_groups=2, score="softmax", norm_topk=False,
                    group_score="max", selection_bias=False, balance=0.01),
+    "gated": MoE(experts=6, top_k=2, hidden=16, shared_hidden=8, shared_gate=True, score="softmax", norm_topk=False,
+                 selection_bias=False),
 }  # fmt: skip
 RESIDUALS: dict[str, Residual] = {
     "pre": PreNorm(),
@@ -62,6 +64,7 @@ PATTERNS = {name: f"{name}/dense {name}/moe" for name in MIXERS} | {
     "post": "lightning/moe/post gqa/dense/post mla/dense/post",
     "dual": "gqa/dense/dual lightning/moe/dual mla_q/dense/dual",
     "hybrid": "(lightning/moe*2 window/grouped)*2 mla/dense",
+    "gated": "gqa/gated*2",
 }
 
 

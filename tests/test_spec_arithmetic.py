@@ -8,6 +8,7 @@ import sys
 import pytest
 from pydantic import ValidationError
 
+from trivet.pattern import expand_pattern
 from trivet.spec import (
     GQA,
     MLA,
@@ -20,7 +21,6 @@ from trivet.spec import (
     Rope,
     SwiGLU,
     Yarn,
-    expand_pattern,
 )
 
 YARN = Yarn(factor=40, original_length=4096, mscale_all_dim=1.0)

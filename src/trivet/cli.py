@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from trivet.config import UserError
+from trivet.config import UserError, validate
 
 if TYPE_CHECKING:
     import torch
@@ -132,15 +132,48 @@ def chat(
 @app.command()
 def plan(
     models: Annotated[
-        list[Path], typer.Argument(help="Model directories, or TOML files with a [model].", show_default=False)
-    ],
+        list[str] | None,
+        typer.Argument(
+            help="Known names (qwen3-8b, deepseek-v3 ...), model directories, config.json files, or TOML files "
+            "with a [model].",
+            show_default=False,
+        ),
+    ] = None,
     context: Annotated[int, typer.Option("--context", "-c", min=1, help="Context length to price.")] = 4096,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    generate: Annotated[int, typer.Option("--generate", min=1, help="Length of the generation to price.")] = 65_536,
+    hardware: Annotated[str, typer.Option("--hardware", help="Devices, e.g. h100,h200,cpu: what fits, limits.")] = "",
+    batch: Annotated[
+        int | None, typer.Option("--batch", min=1, help="Sequences in a step; default: what fits.")
+    ] = None,
+    shards: Annotated[int, typer.Option("--shards", min=1, help="Devices that share the training state (FSDP).")] = 1,
+    tokens: Annotated[float | None, typer.Option("--tokens", help="Tokens to train on, e.g. 15e12.")] = None,
+    mfu: Annotated[
+        float, typer.Option("--mfu", min=0.01, max=1.0, help="Share of the peak that training reaches.")
+    ] = 0.4,
+    price: Annotated[float | None, typer.Option("--price", help="Price of a device an hour, in any currency.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Write plots to this file (.png, .svg, .pdf).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    list_known: Annotated[bool, typer.Option("--list", help="List the known models.")] = False,
 ) -> None:
-    """Price a model on paper: parameters, cache, FLOPs. Reads no weights and needs no torch."""
-    from trivet.measure.plan import plan_models
+    """Price models on paper, side by side: parameters, cache, FLOPs, limits of hardware, cost.
 
-    plan_models(models, context, as_json)
+    Reads no weights and needs no torch.
+    """
+    from trivet.measure.plan import Question
+    from trivet.measure.plan_show import list_models, plan_models
+
+    if list_known:
+        return list_models()
+    if not models:
+        raise UserError("Which model? Give a name, a directory or a file; `trivet plan --list` shows the known names.")
+    names = tuple(name for name in hardware.split(",") if name)
+    if (tokens is not None or price is not None) and not names:
+        raise UserError("--tokens and --price need --hardware, e.g. --hardware h100.")
+    given = {
+        "context": context, "generate": generate, "hardware": names, "batch": batch, "shards": shards,
+        "tokens": tokens, "mfu": mfu, "price": price,
+    }  # fmt: skip
+    plan_models(models, validate(given, Question, "trivet plan"), as_json, plot)
 
 
 # ------------------------------------------------------------------------------------------- helpers

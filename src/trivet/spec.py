@@ -17,11 +17,12 @@ Left out: anything that is not the model's identity (dtype, device, kernels, dro
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from trivet.pattern import expand_pattern
 
 T = TypeVar("T")
 
@@ -48,6 +49,19 @@ class Yarn(Frozen):
     mscale_all_dim: float = 0.0
 
 
+class Llama3Scaling(Frozen):
+    """Llama 3.1's context extension: pairs that turn slowly are slowed by `factor`, fast ones stay.
+
+    With w the wavelength and r = original_length / w the turns in the original length, a pair's frequency is
+    divided by `factor` where r < low_freq_factor, kept where r > high_freq_factor, and blended in between.
+    """
+
+    factor: float = Field(gt=1)
+    original_length: int = Field(gt=0)
+    low_freq_factor: float
+    high_freq_factor: float
+
+
 class Rope(Frozen):
     """Rotary positions on the first `dims` numbers of a head (0: no positions at all)."""
 
@@ -55,11 +69,14 @@ class Rope(Frozen):
     theta: float = 10000.0
     interleaved: bool = False  # pairs (2i, 2i+1) as DeepSeek, instead of halves (i, i + dims/2)
     yarn: Yarn | None = None
+    llama3: Llama3Scaling | None = None
 
     @model_validator(mode="after")
-    def _even(self) -> Rope:
+    def _makes_sense(self) -> Rope:
         if self.dims % 2:
             raise ValueError(f"rope.dims must be even, got {self.dims}")
+        if self.yarn is not None and self.llama3 is not None:
+            raise ValueError("a rope is extended by yarn or by llama3, not by both")
         return self
 
 
@@ -192,6 +209,12 @@ class SwiGLU(Frozen):
     def matmul_params(self, d: int) -> int:
         return self.params(d)
 
+    def matrix_params(self, d: int) -> int:
+        return self.params(d)
+
+    def idle_params(self, d: int, tokens: int) -> float:
+        return 0.0
+
 
 class MoE(Frozen):
     """DeepSeekMoE: shared plus fine-grained routed experts (arXiv 2401.06066, 2412.19437 eq. 12-20).
@@ -204,6 +227,7 @@ class MoE(Frozen):
     top_k: int = Field(gt=0)
     hidden: int = Field(gt=0)  # width of one routed expert
     shared_hidden: int = Field(default=0, ge=0)  # width of the shared expert(s), fused into one; 0: none
+    shared_gate: bool = False  # the shared expert's output times sigmoid(w x), as Qwen2-MoE
     score: Literal["softmax", "sigmoid"] = "sigmoid"
     norm_topk: bool = True  # chosen weights are divided by their sum
     scale: float = 1.0  # routed scaling factor
@@ -216,6 +240,8 @@ class MoE(Frozen):
 
     @model_validator(mode="after")
     def _fits(self) -> MoE:
+        if self.shared_gate and not self.shared_hidden:
+            raise ValueError("shared_gate needs a shared expert: set shared_hidden")
         if self.experts % self.groups:
             raise ValueError(f"experts ({self.experts}) must divide into groups ({self.groups})")
         if self.groups > 1 and self.group_score == "top2" and self.experts < 2 * self.groups:
@@ -231,13 +257,22 @@ class MoE(Frozen):
     def params(self, d: int) -> int:
         bias = self.experts if self.selection_bias else 0
         routed = self.experts * 3 * d * self.hidden
-        return routed + 3 * d * self.shared_hidden + d * self.experts + bias
+        gate = d if self.shared_gate else 0
+        return routed + 3 * d * self.shared_hidden + gate + d * self.experts + bias
 
     def active_params(self, d: int) -> int:
         return self.params(d) - (self.experts - self.top_k) * 3 * d * self.hidden
 
     def matmul_params(self, d: int) -> int:
         return self.active_params(d) - (self.experts if self.selection_bias else 0)
+
+    def matrix_params(self, d: int) -> int:
+        """What Muon trains: all experts, without the router, its bias and the shared expert's gate."""
+        return 3 * d * (self.experts * self.hidden + self.shared_hidden)
+
+    def idle_params(self, d: int, tokens: int) -> float:
+        """Weights of the experts that none of `tokens` chose, expected: each misses one with 1 - k/E."""
+        return self.experts * (1 - self.top_k / self.experts) ** tokens * 3 * d * self.hidden
 
 
 FFN = Annotated[SwiGLU | MoE, Field(discriminator="kind")]
@@ -319,13 +354,22 @@ class ModelSpec(Frozen):
         total = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
         total += self.d_model  # the final norm
         total += sum(self._layer_params(layer) for layer in self.layers)
-        return total + self.mtp * self._mtp_params()
+        return total + self.mtp_params()
+
+    def mtp_params(self) -> int:
+        """Of which in multi-token-prediction modules, which plain decoding never meets."""
+        return self.mtp * self._mtp_params()
 
     def active_params(self) -> int:
         """Parameters one token meets; both vocabulary tables counted (once if tied), MTP not."""
         idle = sum(layer.ffn.params(self.d_model) - layer.ffn.active_params(self.d_model)
                    for layer in self.layers)  # fmt: skip
-        return self.num_params() - self.mtp * self._mtp_params() - idle
+        return self.num_params() - self.mtp_params() - idle
+
+    def touched_params(self, batch: int) -> float:
+        """Parameters that one step of `batch` tokens is expected to read, if experts are chosen alike; MTP not."""
+        idle = sum(layer.ffn.idle_params(self.d_model, batch) for layer in self.layers)
+        return self.num_params() - self.mtp_params() - idle
 
     def _layer_params(self, layer: LayerSpec) -> int:
         d = self.d_model
@@ -355,41 +399,37 @@ class ModelSpec(Frozen):
         attention = sum(layer.mixer.context_flops(context) for layer in self.layers)
         return 2 * (matmuls + self.vocab_size * d) + attention
 
+    def decode_flops_per_token(self, context: int) -> int:
+        """The same with MLA in its absorbed form, which is what decoding computes."""
+        extra = sum(
+            layer.mixer.absorbed_flops(context) - layer.mixer.context_flops(context)
+            for layer in self.layers
+            if isinstance(layer.mixer, MLA)
+        )
+        return self.flops_per_token(context) + extra
+
+    def generation_flops(self, tokens: int, absorbed: bool = False) -> int:
+        """Forward FLOPs of `tokens` written one after the other from an empty context.
+
+        MLA is counted as most papers do, expanded, or `absorbed`.
+        """
+        d = self.d_model
+        matmuls = sum(layer.mixer.matmul_params(d) + layer.ffn.matmul_params(d) for layer in self.layers)
+        attention = sum(_summed(layer.mixer, tokens, absorbed) for layer in self.layers)
+        return 2 * (matmuls + self.vocab_size * d) * tokens + attention
+
     def training_flops_per_token(self, length: int) -> int:
         """Forward and backward (3 x forward) with the mean causal context of a `length` row."""
         return 3 * self.flops_per_token((length + 1) // 2)
 
 
-def expand_pattern(pattern: str) -> list[str]:
-    """`"(a/b*2 c/d)*2"` -> `["a/b", "a/b", "c/d", "a/b", "a/b", "c/d"]`.
-
-    Raises ValueError with the place where the pattern stops making sense.
-    """
-    tokens = re.findall(r"\(|\)|\*\s*\d+|[^\s()*]+|\S", pattern)
-
-    def group(at: int, depth: int) -> tuple[list[str], int]:
-        names: list[str] = []
-        while at < len(tokens) and tokens[at] != ")":
-            if tokens[at] == "(":
-                unit, at = group(at + 1, depth + 1)
-                if at >= len(tokens):
-                    raise ValueError(f"pattern {pattern!r}: a '(' is never closed")
-                at += 1
-            else:
-                unit, at = [tokens[at]], at + 1
-                if unit[0].count("/") not in (1, 2):
-                    raise ValueError(f"pattern {pattern!r}: {unit[0]!r} should read mixer/ffn or mixer/ffn/residual")
-            if at < len(tokens) and re.fullmatch(r"\*\s*\d+", tokens[at]):
-                unit, at = unit * int(tokens[at][1:]), at + 1
-            names += unit
-        if depth == 0 and at < len(tokens):
-            raise ValueError(f"pattern {pattern!r}: a ')' without its '('")
-        return names, at
-
-    names, _ = group(0, 0)
-    if not names:
-        raise ValueError(f"pattern {pattern!r} names no layer")
-    return names
+def _summed(mixer: Mixer, n: int, absorbed: bool) -> int:
+    """Context FLOPs of positions 1 to n: they grow in a line up to the window, if there is one, then stay."""
+    if isinstance(mixer, Lightning):
+        return n * mixer.context_flops(1)
+    one = mixer.absorbed_flops(1) if absorbed and isinstance(mixer, MLA) else mixer.context_flops(1)
+    grows = min(n, mixer.window) if isinstance(mixer, GQA) and mixer.window else n
+    return one * (grows * (grows + 1) // 2 + (n - grows) * grows)
 
 
 def _look_up(table: Mapping[str, T], name: str, what: str, layer: str) -> T:

@@ -1,71 +1,184 @@
-"""A model priced on paper, from its spec alone: no weights read, no torch imported."""
+"""A model priced on paper, from its spec alone: no weights read, no torch imported.
+
+Sizes and FLOPs are exact counts. What a device can do is a roofline: a step of decoding must read the
+weights that its batch meets and every sequence's cache, and must compute its products, whichever takes
+longer. Real kernels reach a part of that. Left out: activations, communication, quantised weights.
+"""
 
 from __future__ import annotations
 
 import json
+import tomllib
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from trivet.config import UserError, read_toml, validate
-from trivet.spec import ModelSpec
+from pydantic import Field
+
+from trivet.config import UserError, nearest, read_toml, validate
+from trivet.hub import Described, known_model, known_names, read_config_file
+from trivet.spec import Frozen, ModelSpec
+
+BF16, FP32 = 2, 4
+MOST_ROWS = 256  # of a step, where nobody says how many
+USABLE = 0.9  # of a device's memory: the rest is for activations and the runtime
 
 
-def plan_models(paths: list[Path], context: int, as_json: bool) -> None:
-    """Print a table (or JSON) with one column a model."""
-    rows = [price(path.name or str(path), find_spec(path), context) for path in paths]
-    if as_json:
-        print(json.dumps(rows, indent=1))
-        return
-    from rich.console import Console
-    from rich.table import Table
+class Question(Frozen):
+    """What to price: the command line's options."""
 
-    table = Table("", *(row["name"] for row in rows), box=None)
-    for key, label in LABELS.items():
-        table.add_row(label.format(context=f"{context:,}"), *(f"{row[key]:,}" for row in rows))
-    Console().print(table)
+    context: int = Field(default=4096, gt=0)
+    generate: int = Field(default=65_536, gt=0)
+    hardware: tuple[str, ...] = ()
+    batch: int | None = Field(default=None, gt=0)
+    shards: int = Field(default=1, gt=0)
+    tokens: float | None = Field(default=None, gt=0)
+    mfu: float = Field(default=0.4, gt=0, le=1)
+    price: float | None = Field(default=None, gt=0)
 
 
-LABELS = {
-    "total_params": "parameters",
-    "active_params": "active a token",
-    "weight_bytes": "weights, bf16 bytes",
-    "cache_bytes_per_token": "cache a token, bf16 bytes",
-    "state_bytes": "recurrent state, fp32 bytes",
-    "cache_bytes": "cache and state at {context} tokens, bytes",
-    "flops_per_token": "FLOPs a token at {context}",
-    "training_flops_per_token": "training FLOPs a token, rows of {context}",
-}
+class Device(Frozen):
+    title: str
+    flops: float  # bf16, dense
+    bytes_per_second: float
+    memory: float
+    joins: bool = True  # several can share a model
 
 
-def price(name: str, spec: ModelSpec, context: int) -> dict[str, Any]:
+@cache
+def devices() -> dict[str, Device]:
+    table = tomllib.loads(files("trivet.measure").joinpath("hardware.toml").read_text())
+    return {name: Device(**values) for name, values in table.items()}
+
+
+def find_device(name: str) -> Device:
+    if name.lower() not in devices():
+        known = devices()
+        raise UserError(f"No hardware {name!r}; there are {', '.join(known)}.{nearest(name.lower(), known)}")
+    return devices()[name.lower()]
+
+
+# --------------------------------------------------------------------------------------------- price
+def price(name: str, model: Described, ask: Question) -> dict[str, Any]:
     """What one model costs. Bytes are of bf16 weights and caches and fp32 recurrent states."""
-    return {
+    spec = model.spec
+    row: dict[str, Any] = {
         "name": name,
-        "context": context,
-        "total_params": spec.num_params(),
+        "context": ask.context,
+        "total_params": spec.num_params() - spec.mtp_params(),
+        "mtp_params": spec.mtp_params(),
         "active_params": spec.active_params(),
-        "weight_bytes": 2 * spec.num_params(),
-        "cache_bytes_per_token": spec.cache_bytes_per_token(2),
-        "state_bytes": spec.state_bytes(4),
-        "cache_bytes": spec.cache_bytes_per_token(2) * context + spec.state_bytes(4),
-        "flops_per_token": spec.flops_per_token(context),
-        "training_flops_per_token": spec.training_flops_per_token(context),
+        "weight_bytes": BF16 * (spec.num_params() - spec.mtp_params()),
+        "cache_bytes_per_token": spec.cache_bytes_per_token(BF16),
+        "state_bytes": spec.state_bytes(FP32),
+        "cache_bytes": sequence_bytes(spec, ask.context),
+        "flops_per_token": spec.flops_per_token(ask.context),
+        "generated_tokens": ask.generate,
+        "generation_flops": spec.generation_flops(ask.generate),
+        "generation_flops_absorbed": spec.generation_flops(ask.generate, absorbed=True),
+        "training_flops_per_token": spec.training_flops_per_token(ask.context),
+        "training_state_bytes": training_state_bytes(spec),
+        "training_state_bytes_per_shard": -(-training_state_bytes(spec) // ask.shards),
+        "notes": list(model.notes),
     }
+    if ask.context > spec.context_length:
+        row["notes"].append(f"{ask.context:,} tokens are more than the {spec.context_length:,} it is meant for")
+    row["hardware"] = [on_device(spec, device, ask) for device in ask.hardware]
+    return row
 
 
-def find_spec(path: Path) -> ModelSpec:
-    """The spec in a model directory, or in the `[model]` (or first stage with one) of a TOML file.
+def sequence_bytes(spec: ModelSpec, context: int) -> int:
+    return spec.cache_bytes_per_token(BF16) * context + spec.state_bytes(FP32)
 
-    A run file leaves vocab_size to its tokenizer.
+
+def training_state_bytes(spec: ModelSpec) -> int:
+    """fp32 weights and gradients, one moment for matrices (Muon), two for tables, routers and vectors (AdamW)."""
+    d, total = spec.d_model, spec.num_params()
+    modules = [*spec.layers, *[spec.layers[-1]] * spec.mtp]
+    matrices = sum(layer.mixer.matmul_params(d) + layer.ffn.matrix_params(d) for layer in modules)
+    matrices += spec.mtp * 2 * d * d
+    return FP32 * (total + total + matrices + 2 * (total - matrices))
+
+
+def step_seconds(spec: ModelSpec, device: Device, count: int, batch: int, context: int) -> tuple[float, float]:
+    """Seconds to read and seconds to compute for one step of decoding on `count` devices."""
+    looked_up = 0 if spec.tie_embeddings else spec.vocab_size * spec.d_model  # the input table is not read whole
+    weights = BF16 * (spec.touched_params(batch) - looked_up)
+    caches = batch * (sequence_bytes(spec, context) + spec.state_bytes(FP32))  # a state is written, too
+    work = batch * spec.decode_flops_per_token(context)
+    return (weights + caches) / (count * device.bytes_per_second), work / (count * device.flops)
+
+
+def on_device(spec: ModelSpec, name: str, ask: Question) -> dict[str, Any]:
+    """How many devices hold the model and one sequence, and the most that they can do."""
+    device, weights = find_device(name), BF16 * (spec.num_params() - spec.mtp_params())
+    sequence, count = sequence_bytes(spec, ask.context), 1
+    while device.joins and weights + sequence > USABLE * count * device.memory:
+        count *= 2
+    fits = max(int((USABLE * count * device.memory - weights) // max(sequence, 1)), 0)
+    batch = min(fits, MOST_ROWS) if ask.batch is None else ask.batch
+    row: dict[str, Any] = {
+        "device": name.lower(), "devices": count, "largest_batch": fits, "batch": batch, "fits": 0 < batch <= fits,
+    }  # fmt: skip
+    if not row["fits"]:
+        return row
+    for label, rows in (("single", 1), ("batched", batch)):
+        read, compute = step_seconds(spec, device, count, rows, ask.context)
+        row[f"{label}_tokens_per_second"] = rows / max(read, compute)
+        row[f"{label}_limit"] = "memory" if read >= compute else "compute"
+    prefill = count * device.flops * ask.context / spec.generation_flops(ask.context)
+    row["prefill_tokens_per_second"] = prefill
+    if ask.price is not None:
+        hourly = ask.price * count
+        row["cost_per_million_decoded"] = hourly / 3600 / row["batched_tokens_per_second"] * 1e6
+        row["cost_per_million_prefilled"] = hourly / 3600 / prefill * 1e6
+    if ask.tokens is not None:
+        hours = ask.tokens * spec.training_flops_per_token(ask.context) / (ask.mfu * device.flops) / 3600
+        row["training_device_hours"] = hours
+        if ask.price is not None:
+            row["training_cost"] = hours * ask.price
+    return row
+
+
+# -------------------------------------------------------------------------------------------- models
+def find_model(name: str) -> Described:
+    """A model by its name, its directory, its config.json, or the TOML of a run that makes it.
+
+    Raises UserError where there is none, or where its maker has published no architecture.
     """
-    config = path / "config.json"
-    if config.is_file():
-        return validate(json.loads(config.read_text()).get("spec", {}), ModelSpec, str(config))
+    path = Path(name)
     if path.is_dir():
-        raise UserError(f"{str(path)!r} is no model directory: it has no config.json.")
+        path = path / "config.json"
+        if not path.is_file():
+            raise UserError(f"{name!r} is no model directory: it has no config.json.")
+    if path.suffix == ".json" and path.is_file():
+        return _from_json(path)
+    if path.suffix == ".toml" or path.is_file():
+        return Described(_from_toml(path))
+    known = known_model(name)
+    if known is None:
+        raise UserError(
+            f"No model {name!r}: it is neither a file nor a known name.{nearest(name.lower(), known_names())} "
+            "`trivet plan --list` shows the known ones."
+        )
+    return known
+
+
+def _from_json(path: Path) -> Described:
+    try:
+        data = json.loads(path.read_text())
+    except ValueError:
+        data = None
+    if isinstance(data, dict) and data.get("model_type") == "trivet":
+        return Described(validate(data.get("spec", {}), ModelSpec, str(path)))
+    return read_config_file(path)
+
+
+def _from_toml(path: Path) -> ModelSpec:
+    """The `[model]` of a TOML file, or of its first stage with one. A run leaves vocab_size to its tokenizer."""
     data = read_toml(path)
-    tables = [data, *data.get("stages", {}).values()]
-    for table in tables:
+    for table in [data, *data.get("stages", {}).values()]:
         if "model" in table:
             return validate({"vocab_size": _vocab(table), **table["model"]}, ModelSpec, f"{path} [model]")
     raise UserError(f"{path} describes no model: it has no [model] table.")

@@ -81,6 +81,7 @@ class MoEFFN(Float32Buffers):
         self.gate_up = nn.Parameter(torch.empty(spec.experts, 2, spec.hidden, d_model))
         self.down = nn.Parameter(torch.empty(spec.experts, spec.hidden, d_model))  # input-major: [E,F,D]
         self.shared = DenseFFN(spec.shared_hidden, d_model) if spec.shared_hidden else None
+        self.shared_gate = nn.Parameter(torch.empty(1, d_model)) if spec.shared_gate else None
 
     @classmethod
     def from_spec(cls, spec: MoE, d_model: int) -> MoEFFN:
@@ -103,7 +104,10 @@ class MoEFFN(Float32Buffers):
         form = pick_form(self.spec, x.shape[-1], len(flat), x.element_size(), x.device.type)
         y = form(flat, chosen, gates, self.gate_up, self.down)
         if self.shared is not None:
-            y = y + self.shared(flat)
+            always = self.shared(flat)
+            if self.shared_gate is not None:
+                always = F.linear(flat, self.shared_gate).sigmoid() * always
+            y = y + always
         return y.view_as(x)
 
     def _scores(self, x: Tensor) -> Tensor:

@@ -82,9 +82,14 @@ def exact(x: Tensor) -> torch.autocast:
 
 # ---------------------------------------------------------------------------------------- positions
 def inverse_frequencies(rope: Rope, device: torch.device | None = None) -> Tensor:
-    """[dims/2] angles per position, YaRN's interpolation included (arXiv 2309.00071, eq. 20-23)."""
+    """[dims/2] angles per position, Llama 3's or YaRN's interpolation included (arXiv 2309.00071, eq. 20-23)."""
     exponent = torch.arange(0, rope.dims, 2, dtype=torch.float32, device=device) / rope.dims
     freq = rope.theta**-exponent
+    if rope.llama3 is not None:
+        low, high = rope.llama3.low_freq_factor, rope.llama3.high_freq_factor
+        turns = freq * rope.llama3.original_length / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow pairs stretch, 1: fast ones stay
+        return freq / rope.llama3.factor * (1 - kept) + freq * kept
     if rope.yarn is None:
         return freq
     yarn = rope.yarn

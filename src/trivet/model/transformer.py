@@ -181,7 +181,7 @@ class Transformer(nn.Module):
         """
         groups: dict[str, dict[str, nn.Parameter]] = {"matrices": {}, "others": {}}
         for name, p in self.named_parameters():
-            table = name in ("embed", "head") or name.endswith(".router")
+            table = name in ("embed", "head") or name.endswith((".router", ".shared_gate"))
             groups["others" if table or p.ndim < 2 else "matrices"][name] = p
         return groups
 

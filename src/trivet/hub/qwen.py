@@ -1,0 +1,61 @@
+"""Qwen2 and 2.5 (R1-Distill-Qwen and Qwen2.5-1M too), Qwen2-MoE, Qwen3 and Qwen3-MoE."""
+
+from __future__ import annotations
+
+from trivet.hub.config import Config
+from trivet.hub.llama import attention, decoder
+from trivet.spec import ModelSpec, MoE, SwiGLU
+
+
+def qwen2(c: Config) -> ModelSpec:
+    _no_windows(c)
+    chunks = c.take("dual_chunk_attention_config", None)
+    spec = decoder(c, attention(c, qkv_bias=True), SwiGLU(hidden=c.take("intermediate_size")))
+    if chunks is None:
+        return spec
+    same = chunks["chunk_size"] - chunks["local_size"]
+    c.notes.append(
+        f"dual chunk attention is not computed yet; up to {same:,} tokens it is plain attention, so that is the context"
+    )
+    return spec.model_copy(update={"context_length": same})
+
+
+def qwen2_moe(c: Config) -> ModelSpec:
+    _no_windows(c)
+    _every_layer_sparse(c)
+    moe = MoE(
+        experts=c.either("num_experts", "num_local_experts"), top_k=c.take("num_experts_per_tok"), hidden=c.take("moe_intermediate_size"),
+        shared_hidden=c.take("shared_expert_intermediate_size"), shared_gate=True, score="softmax",
+        norm_topk=c.take("norm_topk_prob", False), selection_bias=False,
+    )  # fmt: skip
+    return decoder(c, attention(c, qkv_bias=c.take("qkv_bias", True)), moe)
+
+
+def qwen3(c: Config) -> ModelSpec:
+    _no_windows(c)
+    c.only("attention_bias", False)
+    return decoder(c, attention(c, qk_norm=True), SwiGLU(hidden=c.take("intermediate_size")))
+
+
+def qwen3_moe(c: Config) -> ModelSpec:
+    _no_windows(c)
+    _every_layer_sparse(c)
+    c.only("attention_bias", False)
+    moe = MoE(
+        experts=c.either("num_experts", "num_local_experts"), top_k=c.take("num_experts_per_tok"), hidden=c.take("moe_intermediate_size"),
+        score="softmax", norm_topk=c.take("norm_topk_prob", False), selection_bias=False,
+    )  # fmt: skip
+    return decoder(c, attention(c, qk_norm=True), moe)
+
+
+def _no_windows(c: Config) -> None:
+    c.only("use_sliding_window", False)
+    c.take("sliding_window", None)  # what it would be, were it used
+    if any(kind != "full_attention" for kind in c.take("layer_types", [])):
+        c.only("layer_types", None)
+
+
+def _every_layer_sparse(c: Config) -> None:
+    c.only("decoder_sparse_step", 1)
+    c.only("mlp_only_layers", [], None)
+    c.take("intermediate_size", None)  # of layers without experts, and there are none
