@@ -154,7 +154,7 @@ Form = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 # How many needless numbers of expert weight `fused` may touch for each expert's products that it saves, by
 # device and bytes a number: on a CPU a bf16 product of few rows has a far higher fixed cost; on a GPU the
 # fixed costs are launches, and in fp32 a grouped product is a loop. From benchmarks/moe_forms.py.
-NEEDLESS = {("cpu", 4): 2**15, ("cpu", 2): 2**18, ("cuda", 4): 2**25, ("cuda", 2): 2**25}
+NEEDLESS = {("cpu", 4): 2**15, ("cpu", 2): 2**19, ("cuda", 4): 2**25, ("cuda", 2): 2**25}
 
 
 def pick_form(spec: MoE, d_model: int, tokens: int, bytes_per_number: int, device: str = "cpu") -> Form:
