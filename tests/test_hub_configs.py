@@ -72,6 +72,8 @@ def random_config(family: str, seed: int) -> Any:
             "first_k_dense_replace": rng.randrange(0, 3), "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.7,
         }  # fmt: skip
         del values["head_dim"]
+    if family == "deepseek_v3":
+        values |= {"num_nextn_predict_layers": 0}  # transformers writes none
     if family == "deepseek_v2":
         values |= {"topk_method": rng.choice(["greedy", "group_limited_greedy"])}
     return getattr(transformers, CONFIGS[family])(**values)

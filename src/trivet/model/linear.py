@@ -64,7 +64,8 @@ class LightningAttention(Float32Buffers):
 
 def decay_slopes(heads: int, layer: int, layers: int) -> Tensor:
     """[H] decay rates s: ALiBi's geometric slopes, shrinking with depth to almost 0 in the last layer."""
-    base = 2.0 ** (-8.0 * torch.arange(1, heads + 1, dtype=torch.float32) / heads)
+    heads_from_1 = torch.arange(1, heads + 1, dtype=torch.float32, device="cpu")  # also where weights have no device
+    base = 2.0 ** (-8.0 * heads_from_1 / heads)
     return base * (1 - layer / max(layers - 1, 1) + 1e-5)
 
 

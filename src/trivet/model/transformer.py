@@ -89,9 +89,12 @@ class MTPModule(nn.Module):
 
 
 class Transformer(nn.Module):
-    """spec -> tensors. Raises ValueError (from the spec) where the pattern does not resolve."""
+    """spec -> tensors. Raises ValueError (from the spec) where the pattern does not resolve.
 
-    def __init__(self, spec: ModelSpec, seed: int = 0) -> None:
+    seed None leaves the weights uninitialised: they are about to be read.
+    """
+
+    def __init__(self, spec: ModelSpec, seed: int | None = 0) -> None:
         super().__init__()
         self.spec = spec
         self.embed = nn.Parameter(torch.empty(spec.vocab_size, spec.d_model))
@@ -99,7 +102,8 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(spec.d_model, spec.norm_eps)
         self.head = None if spec.tie_embeddings else nn.Parameter(torch.empty(spec.vocab_size, spec.d_model))
         self.mtp = nn.ModuleList(MTPModule(spec, len(spec.layers) + k) for k in range(spec.mtp))
-        init_weights(self, seed)
+        if seed is not None:
+            init_weights(self, seed)
 
     # --- forward --------------------------------------------------------------------------------
     def forward(

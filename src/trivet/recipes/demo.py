@@ -250,13 +250,15 @@ def assemble(
         ),
         headline=headline, budgets=budgets, tools=tools, sampling=sampling, experts=experts,
         models=rows,
-        samples=samples, notes=(*_verdict(rows), *NOTES), seconds=results["stage_seconds"], about=results["versions"],
+        samples=samples, notes=(*_verdict(rows), BEYOND.format(stage.short_chains[1]), *NOTES), seconds=results["stage_seconds"], about=results["versions"],
     )  # fmt: skip
 
 
+BEYOND = (
+    "SFT showed prompts of all these lengths, but never a thought of more than {} steps: longer chains are cut there, as a "
+    "budget would cut them. 'Beyond what SFT showed' means worked out further than any example."
+)
 NOTES = (
-    "SFT showed prompts of all these lengths, but never a thought of more than 9 steps: longer chains are cut there, as a "
-    "budget would cut them. 'Beyond what SFT showed' means worked out further than any example.",
     "Much of the gain at T = 1 is elicitation: SFT already knows the skill, and RL makes sampling use it. The greedy rows "
     "show what was learned beyond that.",
     "The cold start answers half of the arithmetic examples without the calculator on purpose, so that RL has a choice to make.",
