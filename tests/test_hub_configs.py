@@ -51,7 +51,7 @@ def random_config(family: str, seed: int) -> Any:
         values["rope_parameters"] = rng.choice([PLAIN, YARN, LLAMA3])
     if family == "qwen2":
         values |= {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32, "head_dim": 8}
-    experts, top = rng.choice([6, 8]), rng.randrange(1, 4)
+    experts, top = rng.choice([6, 8]), rng.randrange(2, 4)  # of one expert with norm_topk the weight is always 1
     if family in ("mixtral", "minimax"):
         values |= {"num_local_experts": experts, "num_experts_per_tok": top}
     if family == "minimax":

@@ -23,6 +23,13 @@ class Slot:
     pick: int | None = None  # which entry of the second of these dimensions
 
 
+ATTENTION = {f"{p}_proj.{kind}": f"self_attn.{p}_proj.{kind}" for p in "qkv" for kind in ("weight", "bias")} | {
+    "o_proj.weight": "self_attn.o_proj.weight",
+    "q_norm.weight": "self_attn.q_norm.weight",
+    "k_norm.weight": "self_attn.k_norm.weight",
+}
+
+
 @dataclass(frozen=True)
 class Names:
     """Names within a layer. `{e}` is an expert's number."""
@@ -38,11 +45,6 @@ class Names:
     mixer: dict[str, str] = field(default_factory=lambda: dict(ATTENTION))
 
 
-ATTENTION = {f"{p}_proj.{kind}": f"self_attn.{p}_proj.{kind}" for p in "qkv" for kind in ("weight", "bias")} | {
-    "o_proj.weight": "self_attn.o_proj.weight",
-    "q_norm.weight": "self_attn.q_norm.weight",
-    "k_norm.weight": "self_attn.k_norm.weight",
-}
 LATENT = {
     "q_proj.0.weight": "self_attn.q_proj.weight",
     "kv_down.weight": "self_attn.kv_a_proj_with_mqa.weight",
