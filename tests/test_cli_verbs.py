@@ -60,7 +60,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "m"
 
 
-VERBS = ("run", "train", "rl", "eval", "chat", "plan")
+VERBS = ("run", "train", "rl", "eval", "chat", "export", "plan")
 
 
 def test_help_needs_no_manual(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

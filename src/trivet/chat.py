@@ -38,7 +38,7 @@ MARKS = re.compile(f"([{GENERATED}{WRITTEN}{PLAIN}{TYPED}]|{SPLICE}\\d+{SPLICED}
 
 
 class Markers(Frozen):
-    """The tags of a tokenizer, by role. Kept in tokenizer_config.json under "trivet"."""
+    """The tags of a tokenizer, by role; "" where it has none. Kept in tokenizer_config.json under "trivet"."""
 
     think_open: str = "<think>"
     think_close: str = "</think>"
@@ -47,6 +47,7 @@ class Markers(Frozen):
     end: str = "<end>"
     closing_message: str = "…"  # what the engine writes before think_close when the budget is spent
     tool_syntax: Literal["bare", "json"] = "bare"
+    transformers: bool = False  # the template is a checkpoint's own: see chat_template.py
     single_turn: bool = False  # training showed one question a conversation, so a second one would be foreign to it
 
 
@@ -65,16 +66,21 @@ class Chat:
         self.tokenizer, self.template, self.markers = tokenizer, template, markers
         self._literal = Tokenizer.from_str(tokenizer.to_str())
         self._literal.encode_special_tokens = True  # tags are plain characters to this one
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation])
-        environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
         try:
-            self._compiled = environment.from_string(template)
+            self._compiled = self.environment().from_string(template)
         except TemplateError as e:
             raise UserError(f"The chat template can't be read: {e}.") from None
         self.think_open_id, self.think_close_id = self._one(markers.think_open), self._one(markers.think_close)
         self.tool_open_id, self.tool_close_id = self._one(markers.tool_open), self._one(markers.tool_close)
         self.end_id = self._one(markers.end)
-        self.closing_ids = [*self.encode_text(markers.closing_message), self.think_close_id]
+        closing = [*self.encode_text(markers.closing_message), self.think_close_id]
+        self.closing_ids = closing if self.think_close_id >= 0 else []  # no tags: nothing to close
+
+    def environment(self) -> ImmutableSandboxedEnvironment:
+        """What a template may do."""
+        made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation])
+        made.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+        return made
 
     # --- files -----------------------------------------------------------------------------------
     @classmethod
@@ -89,20 +95,27 @@ class Chat:
             config = json.loads(files[1].read_text())
         except Exception as e:  # tokenizers raises bare Exception
             raise UserError(f"The tokenizer in {str(directory)!r} is damaged: {e}.") from None
-        for key in ("chat_template", "trivet"):
-            if key not in config:
-                raise UserError(f"{files[1]} has no {key!r}; Trivet can't tell where thinking ends without it.")
+        if config.get("trivet", {"transformers": True}).get("transformers"):
+            from trivet.chat_template import TemplateChat
+
+            return TemplateChat.read(directory, tokenizer, config)
+        if "chat_template" not in config:
+            raise UserError(f"{files[1]} has no 'chat_template', so a conversation can't be written.")
         return cls(tokenizer, config["chat_template"], validate(config["trivet"], Markers, f"{files[1]} trivet"))
 
     def save(self, directory: Path) -> None:
         write_atomic(Path(directory) / "tokenizer.json", self.tokenizer.to_str(pretty=True))
-        config = {
+        text = json.dumps(self.config(), indent=1, ensure_ascii=False) + "\n"
+        write_atomic(Path(directory) / "tokenizer_config.json", text)
+
+    def config(self) -> dict[str, Any]:
+        """The content of tokenizer_config.json."""
+        return {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self.markers.end,
             "chat_template": self.template,
             "trivet": self.markers.model_dump(),
         }
-        write_atomic(Path(directory) / "tokenizer_config.json", json.dumps(config, indent=1, ensure_ascii=False) + "\n")
 
     @property
     def vocab_size(self) -> int:
@@ -127,6 +140,9 @@ class Chat:
         return encoded.ids
 
     def _one(self, marker: str) -> int:
+        """Its id; -1, which no token equals, where the tokenizer has no such tag."""
+        if not marker:
+            return -1
         ids = self.tokenizer.encode(marker, add_special_tokens=False).ids
         if len(ids) != 1 or ids[0] == self.tokenizer.token_to_id("<unk>"):
             raise UserError(f"The marker {marker!r} must be one token of the tokenizer, it is {len(ids)}.")

@@ -130,6 +130,21 @@ def chat(
 
 
 @app.command()
+def export(
+    model: ModelDir,
+    like: Annotated[Path, typer.Option("--like", help="The checkpoint it came from: its config and tokenizer files.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write; it must not exist.")],
+    dtype: Annotated[
+        Literal["fp32", "bf16"] | None, typer.Option("--dtype", help="Type of the weights; default: as they are.")
+    ] = None,
+) -> None:
+    """Write a model in its family's own format, which transformers, vLLM and others load."""
+    from trivet.recipes.verbs import export as write
+
+    write(model, like, out, dtype)
+
+
+@app.command()
 def plan(
     models: Annotated[
         list[str] | None,

@@ -23,7 +23,7 @@ from trivet.config import UserError
 from trivet.hub import read_config_file
 from trivet.hub.names import FAMILY_NAMES, Slot, shared_copies, slots
 from trivet.model import Transformer
-from trivet.model.io import save_tensors
+from trivet.model.io import load_model, save_tensors
 
 INDEX = "model.safetensors.index.json"
 BLOCK = 128  # of an FP8 scale
@@ -86,6 +86,16 @@ def load_checkpoint(
             raise UserError(f"{directory}: {name!r} should be a copy of {copies[name]!r} and differs from it.")
     model.load_state_dict(ours, assign=True)
     return model.to(device)
+
+
+def load_any(directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Transformer:
+    """A model of Trivet's own, or a checkpoint of a known family."""
+    config = Path(directory) / "config.json"
+    try:
+        known = json.loads(config.read_text()).get("model_type") in FAMILY_NAMES
+    except (OSError, ValueError, AttributeError):
+        known = False
+    return load_checkpoint(directory, device, dtype) if known else load_model(directory, device, dtype)
 
 
 def save_checkpoint(model: Transformer, directory: Path, config: dict[str, Any], shard_bytes: int = 5 * 10**9) -> None:

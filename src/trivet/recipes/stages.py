@@ -26,8 +26,9 @@ from pydantic import Field, ValidationError, model_validator
 from trivet.chat import Chat, bpe_chat, tiny_chat
 from trivet.config import UserError, explain, nearest
 from trivet.disk import atomic_dir, write_atomic
+from trivet.hub.checkpoint import load_any
 from trivet.messages import Message
-from trivet.model import Transformer, load_model, save_model
+from trivet.model import Transformer, save_model
 from trivet.recipes.workers import Tell, side_by_side
 from trivet.rl.learner import RLConfig, learn
 from trivet.spec import Frozen, ModelSpec
@@ -273,7 +274,7 @@ def load_start(start: str, context: Context) -> tuple[Transformer, Chat]:
     path = context.run / start if start in stages else Path(start)
     if not path.is_dir():
         raise UserError(f"start = {start!r} is neither a stage nor a directory.{nearest(start, stages)}")
-    return load_model(path, context.device), Chat.load(path)
+    return load_any(path, context.device, torch.float32), Chat.load(path)  # learning needs exact weights
 
 
 def load_tasks(configs: tuple[dict[str, Any], ...]) -> list[tuple[Task, float]]:

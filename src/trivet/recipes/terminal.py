@@ -19,10 +19,11 @@ from trivet.agent.loop import Episode, ModelStep, ToolStep, run_episode
 from trivet.chat import Chat
 from trivet.config import UserError
 from trivet.engine import Engine, EngineModel
+from trivet.hub.checkpoint import load_any
 from trivet.messages import Message, Sampling
-from trivet.model import load_model
 from trivet.tools import get_tool
 
+MOST_SLOTS = 16_384  # tokens of a conversation: their cache is allocated at once
 FOLDED = 72  # characters of a thought that stay when it is folded
 
 
@@ -38,12 +39,15 @@ def converse(
 ) -> None:
     """Read lines, answer them. Raises UserError where the model or a tool can't be had."""
     console = Console(highlight=False)
-    model, chat = load_model(directory, device).eval(), Chat.load(directory)
+    model, chat = load_any(directory, device).eval(), Chat.load(directory)
     tools = [get_tool(name) for name in tool_names]
-    engine = Engine(model, chat, max_rows=1, slots=model.spec.context_length, device=device)
+    slots = min(model.spec.context_length, MOST_SLOTS)
+    engine = Engine(model, chat, max_rows=1, slots=slots, device=device)
     once = chat.markers.single_turn
     habit = "It was trained on single questions, so each starts anew." if once else "/new forgets."
     console.print(f"{directory}: {model.spec.num_params():,} parameters. {habit}", style="dim", markup=False)
+    if slots < model.spec.context_length:
+        console.print(f"A conversation may take {slots:,} of its {model.spec.context_length:,} tokens.", style="dim")
     console.print("Ctrl-D or /quit ends, /budget N sets the thinking budget (off, none).", style="dim", markup=False)
     history: list[Message] = []
     while True:

@@ -1,8 +1,9 @@
-"""`trivet eval`: a model directory on a task, at one or more thinking budgets."""
+"""`trivet eval`: a model on a task, at one or more thinking budgets. `trivet export`: a model back in its family's format."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,45 @@ from rich.table import Table
 
 from trivet.chat import Chat
 from trivet.config import UserError
+from trivet.disk import atomic_dir
+from trivet.hub import read_config_file
+from trivet.hub.checkpoint import load_any, save_checkpoint
 from trivet.measure.evaluate import evaluate
 from trivet.measure.results import Budget, Result
 from trivet.messages import Sampling
-from trivet.model import load_model
 from trivet.tasks import make_task
+
+PROMPT_TOKENS = 4096  # of a problem, at most, where the model's context is longer
+CACHE_BYTES = 4 * 10**9
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "generation_config.json",
+)
+
+
+def export(directory: Path, like: Path, out: Path, dtype: str | None) -> None:
+    """Write a model in the format of the checkpoint that it came from, with that one's tokenizer files."""
+    if out.exists():
+        raise UserError(f"{out} exists already; give another --out or remove it.")
+    described = read_config_file(like / "config.json").spec
+    model = load_any(directory, dtype={None: None, "fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    ours, theirs = (spec.model_dump(exclude={"mtp"}) for spec in (model.spec, described))
+    different = [key for key in ours if ours[key] != theirs[key]]
+    if different:
+        raise UserError(f"{directory} is no model of {like}'s shape: they differ in {', '.join(different)}.")
+    config = json.loads((like / "config.json").read_text()) | {"dtype": str(model.embed.dtype).removeprefix("torch.")}
+    for key in ("torch_dtype", "quantization_config"):
+        config.pop(key, None)
+    if "num_nextn_predict_layers" in config:
+        config["num_nextn_predict_layers"] = model.spec.mtp
+    with atomic_dir(out) as aside:
+        save_checkpoint(model, aside, config)
+        for name in COPIED:
+            if (like / name).is_file():
+                shutil.copy(like / name, aside / name)
 
 
 def evaluate_directory(
@@ -26,11 +61,16 @@ def evaluate_directory(
 ) -> None:  # fmt: skip
     """Print one line a budget (or a JSON list). Problems are of the task's test split."""
     task = make_task({"name": task_name, **parse_settings(settings)})
-    model, chat = load_model(directory, device), Chat.load(directory)
+    model, chat = load_any(directory, device), Chat.load(directory)
+    slots = min(model.spec.context_length, PROMPT_TOKENS + sampling.max_tokens)
+    row_bytes = model.spec.cache_bytes_per_token(model.embed.element_size()) * slots + model.spec.state_bytes(4)
+    rows = max(1, min(512, CACHE_BYTES // row_bytes))
     results = []
     for budget in budgets:
         asked = Sampling(temperature=sampling.temperature, max_tokens=sampling.max_tokens, thinking=budget)
-        results.append(evaluate(model, chat, task, count=count, sampling=asked, tools=tools, seed=seed))
+        results.append(
+            evaluate(model, chat, task, count=count, sampling=asked, tools=tools, seed=seed, max_rows=rows, slots=slots)
+        )
     if as_json:
         print(json.dumps([json.loads(r.model_dump_json(exclude={"samples"})) for r in results], indent=1))
     else:
