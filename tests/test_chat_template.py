@@ -314,6 +314,20 @@ def test_a_checkpoint_is_evaluated_trained_talked_to_and_written_back(
         monkeypatch, capsys, "eval", str(tmp_path / "run"), "--task", "chain", "-n", "4", "--max-tokens", "24", "--json"
     )  # fmt: skip
     assert code == 0 and json.loads(out)[0]["questions"] == 4, err
+    toml.write_text(
+        f'''start = "{tmp_path / "run"}"
+        [[tasks]]
+        name = "chain"
+        [rl]
+        steps = 1
+        problems = 2
+        group = 2
+        max_tokens = 12
+        length = 128
+        '''
+    )
+    code, _, err = call(monkeypatch, capsys, "rl", str(toml), "--out", str(tmp_path / "rl"), "--device", "cpu")
+    assert code == 0 and isinstance(Chat.load(tmp_path / "rl"), TemplateChat), err
     lines = iter(["hello", "and?", "/quit"])
     monkeypatch.setattr("builtins.input", lambda *_: next(lines))
     code, out, err = call(monkeypatch, capsys, "chat", str(start), "--max-tokens", "8")

@@ -152,6 +152,7 @@ BASE = as_file(random_config("qwen3", 0))
         ({"hidden_size": "wide"}, "config.json"),
         ({"model_type": "qwen4"}, "'qwen4' is not known"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "'longrope' is not computed"),
+        ({"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
         ({"rope_parameters": PLAIN | {"spin": 2}}, "rope_scaling has keys that may change the maths"),
         ({"rope_parameters": YARN | {"attention_factor": 1.3}}, "attention_factor"),
     ],

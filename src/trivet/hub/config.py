@@ -85,7 +85,7 @@ class Config:
             )  # fmt: skip
         elif kind != "default":
             raise UserError(f"{self.where}: rope type {kind!r} is not computed; there are default, yarn and llama3.")
-        inner.take("partial_rotary_factor", None)  # the family has read it
+        inner.only("partial_rotary_factor", 1.0)
         inner.finish()
         return Rope(dims=dims, theta=theta, interleaved=interleaved, **scaling)
 

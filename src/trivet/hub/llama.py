@@ -27,9 +27,9 @@ def attention(c: Config, **traits: Any) -> GQA:
     """Grouped-query attention as nearly every family writes it."""
     heads = c.take("num_attention_heads")
     head_dim = c.take("head_dim", c.take("hidden_size") // heads)
-    dims = int(head_dim * c.take("partial_rotary_factor", 1.0))
+    c.only("partial_rotary_factor", 1.0)
     return GQA(
-        heads=heads, kv_heads=c.take("num_key_value_heads", heads), head_dim=head_dim, rope=c.rope(dims), **traits
+        heads=heads, kv_heads=c.take("num_key_value_heads", heads), head_dim=head_dim, rope=c.rope(head_dim), **traits
     )  # fmt: skip
 
 
