@@ -25,7 +25,7 @@ from trivet.chat import Chat
 from trivet.chat_template import TemplateChat
 from trivet.config import UserError
 from trivet.engine import Engine, EngineModel, Request
-from trivet.hub.checkpoint import load_any
+from trivet.hub.checkpoint import load_any, load_pair
 from trivet.messages import Completion, Message, Sampling, StopReason, ToolCall, ToolSpec
 
 transformers = pytest.importorskip("transformers")
@@ -342,6 +342,16 @@ def test_a_checkpoint_is_evaluated_trained_talked_to_and_written_back(
     torch.testing.assert_close(again(tokens).logits, trained.logits(trained(tokens)), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(again(tokens).logits, theirs(tokens).logits, atol=1e-3)  # it was trained
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "back").chat_template == QWEN3
+    config = json.loads((start / "config.json").read_text())
+    (start / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    with pytest.raises(UserError, match="has shape"):
+        load_pair(start)
+    (start / "config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.from_file(str(start / "tokenizer.json"))
+    tokenizer.add_tokens([f"<more {i}>" for i in range(300)])
+    tokenizer.save(str(start / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"its tokenizer knows \d+ tokens, its model only 400"):
+        load_pair(start)
     for args, says in (
         (["--out", str(tmp_path / "back")], "exists already"),
         (

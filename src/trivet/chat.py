@@ -95,7 +95,8 @@ class Chat:
             config = json.loads(files[1].read_text())
         except Exception as e:  # tokenizers raises bare Exception
             raise UserError(f"The tokenizer in {str(directory)!r} is damaged: {e}.") from None
-        if config.get("trivet", {"transformers": True}).get("transformers"):
+        ours = config.get("trivet")
+        if ours is None or (isinstance(ours, dict) and ours.get("transformers")):
             from trivet.chat_template import TemplateChat
 
             return TemplateChat.read(directory, tokenizer, config)

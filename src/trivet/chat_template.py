@@ -25,7 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from trivet.chat import Chat, Markers, Rendered, Splitter
-from trivet.config import UserError
+from trivet.config import UserError, validate
 from trivet.messages import Message, ToolSpec
 
 GAP = "\ue006"  # stands inside a tag that somebody typed, so that it is none
@@ -65,7 +65,7 @@ class TemplateChat(Chat):
         if "eos_token" not in named:
             raise UserError(f"{str(directory)!r}: tokenizer_config.json names no eos_token, so no turn would end.")
         if "trivet" in config:
-            return cls(tokenizer, template, Markers(**config["trivet"]), named)
+            return cls(tokenizer, template, validate(config["trivet"], Markers, f"{directory} trivet"), named)
 
         def known(*tags: str) -> bool:
             return all(tokenizer.token_to_id(tag) is not None for tag in tags)

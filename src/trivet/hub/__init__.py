@@ -16,6 +16,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from trivet.config import UserError, nearest
 from trivet.hub import deepseek, llama, minimax, qwen
 from trivet.hub.config import Config
@@ -54,8 +56,11 @@ def read_config(data: Mapping[str, Any], where: str) -> Described:
     config = Config(data, where)
     try:
         spec = FAMILIES[kind](config)
-    except (TypeError, ValueError) as e:  # a value of the wrong type, or a spec that makes no sense
-        raise UserError(f"{where}: {str(e).splitlines()[-1]}") from None
+    except ValidationError as e:  # a spec that makes no sense
+        first = e.errors()[0]
+        raise UserError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']} (from its values).") from None
+    except (TypeError, ValueError, KeyError) as e:  # a value of the wrong type
+        raise UserError(f"{where} has a value of a wrong type: {e}.") from None
     config.finish()
     return Described(spec, tuple(config.notes))
 

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from trivet.chat import Chat
 from trivet.config import UserError
 from trivet.hub import read_config_file
 from trivet.hub.names import FAMILY_NAMES, Slot, shared_copies, slots
@@ -96,6 +97,18 @@ def load_any(directory: Path, device: torch.device | str = "cpu", dtype: torch.d
     except (OSError, ValueError, AttributeError):
         known = False
     return load_checkpoint(directory, device, dtype) if known else load_model(directory, device, dtype)
+
+
+def load_pair(
+    directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> tuple[Transformer, Chat]:
+    """A model and what it reads and writes. Raises UserError where they do not belong together."""
+    model, chat = load_any(directory, device, dtype), Chat.load(directory)
+    if chat.vocab_size > model.spec.vocab_size:
+        raise UserError(
+            f"{directory}: its tokenizer knows {chat.vocab_size:,} tokens, its model only {model.spec.vocab_size:,}."
+        )
+    return model, chat
 
 
 def save_checkpoint(model: Transformer, directory: Path, config: dict[str, Any], shard_bytes: int = 5 * 10**9) -> None:

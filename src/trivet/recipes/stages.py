@@ -26,7 +26,7 @@ from pydantic import Field, ValidationError, model_validator
 from trivet.chat import Chat, bpe_chat, tiny_chat
 from trivet.config import UserError, explain, nearest
 from trivet.disk import atomic_dir, write_atomic
-from trivet.hub.checkpoint import load_any
+from trivet.hub.checkpoint import load_pair
 from trivet.messages import Message
 from trivet.model import Transformer, save_model
 from trivet.recipes.workers import Tell, side_by_side
@@ -274,7 +274,7 @@ def load_start(start: str, context: Context) -> tuple[Transformer, Chat]:
     path = context.run / start if start in stages else Path(start)
     if not path.is_dir():
         raise UserError(f"start = {start!r} is neither a stage nor a directory.{nearest(start, stages)}")
-    return load_any(path, context.device, torch.float32), Chat.load(path)  # learning needs exact weights
+    return load_pair(path, context.device, torch.float32)  # learning needs exact weights
 
 
 def load_tasks(configs: tuple[dict[str, Any], ...]) -> list[tuple[Task, float]]:

@@ -19,7 +19,7 @@ from trivet.agent.loop import Episode, ModelStep, ToolStep, run_episode
 from trivet.chat import Chat
 from trivet.config import UserError
 from trivet.engine import Engine, EngineModel
-from trivet.hub.checkpoint import load_any
+from trivet.hub.checkpoint import load_pair
 from trivet.messages import Message, Sampling
 from trivet.tools import get_tool
 
@@ -39,7 +39,8 @@ def converse(
 ) -> None:
     """Read lines, answer them. Raises UserError where the model or a tool can't be had."""
     console = Console(highlight=False)
-    model, chat = load_any(directory, device).eval(), Chat.load(directory)
+    model, chat = load_pair(directory, device)
+    model.eval()
     tools = [get_tool(name) for name in tool_names]
     slots = min(model.spec.context_length, MOST_SLOTS)
     engine = Engine(model, chat, max_rows=1, slots=slots, device=device)

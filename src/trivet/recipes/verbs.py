@@ -12,11 +12,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from trivet.chat import Chat
 from trivet.config import UserError
 from trivet.disk import atomic_dir
 from trivet.hub import read_config_file
-from trivet.hub.checkpoint import load_any, save_checkpoint
+from trivet.hub.checkpoint import load_any, load_pair, save_checkpoint
 from trivet.measure.evaluate import evaluate
 from trivet.measure.results import Budget, Result
 from trivet.messages import Sampling
@@ -61,7 +60,7 @@ def evaluate_directory(
 ) -> None:  # fmt: skip
     """Print one line a budget (or a JSON list). Problems are of the task's test split."""
     task = make_task({"name": task_name, **parse_settings(settings)})
-    model, chat = load_any(directory, device), Chat.load(directory)
+    model, chat = load_pair(directory, device)
     slots = min(model.spec.context_length, PROMPT_TOKENS + sampling.max_tokens)
     row_bytes = model.spec.cache_bytes_per_token(model.embed.element_size()) * slots + model.spec.state_bytes(4)
     rows = max(1, min(512, CACHE_BYTES // row_bytes))
