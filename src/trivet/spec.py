@@ -351,10 +351,13 @@ class ModelSpec(Frozen):
     # --- size -------------------------------------------------------------------------------
     def num_params(self) -> int:
         """Every number in the state dict, tied embeddings counted once."""
+        return self.main_params() + self.mtp_params()
+
+    def main_params(self) -> int:
+        """Of which plain decoding can meet: all but the multi-token-prediction modules. What vendors publish."""
         total = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
         total += self.d_model  # the final norm
-        total += sum(self._layer_params(layer) for layer in self.layers)
-        return total + self.mtp_params()
+        return total + sum(self._layer_params(layer) for layer in self.layers)
 
     def mtp_params(self) -> int:
         """Of which in multi-token-prediction modules, which plain decoding never meets."""
@@ -364,12 +367,12 @@ class ModelSpec(Frozen):
         """Parameters one token meets; both vocabulary tables counted (once if tied), MTP not."""
         idle = sum(layer.ffn.params(self.d_model) - layer.ffn.active_params(self.d_model)
                    for layer in self.layers)  # fmt: skip
-        return self.num_params() - self.mtp_params() - idle
+        return self.main_params() - idle
 
     def touched_params(self, batch: int) -> float:
         """Parameters that one step of `batch` tokens is expected to read, if experts are chosen alike; MTP not."""
         idle = sum(layer.ffn.idle_params(self.d_model, batch) for layer in self.layers)
-        return self.num_params() - self.mtp_params() - idle
+        return self.main_params() - idle
 
     def _layer_params(self, layer: LayerSpec) -> int:
         d = self.d_model

@@ -8,7 +8,7 @@ list loads a checkpoint and writes one. A family is a `Names`: what differs betw
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from trivet.spec import MLA, LayerSpec, Lightning, ModelSpec, MoE
 
@@ -42,7 +42,6 @@ class Names:
     expert_parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     shared: str = "mlp.shared_experts"
     shared_gate: str = "mlp.shared_expert_gate.weight"
-    mixer: dict[str, str] = field(default_factory=lambda: dict(ATTENTION))
 
 
 LATENT = {
@@ -110,7 +109,7 @@ def shared_copies(spec: ModelSpec) -> dict[str, str]:
 def _layer(layer: LayerSpec, theirs: str, ours: str, names: Names) -> Iterator[Slot]:
     yield Slot(theirs + "input_layernorm.weight", ours + "mixer_norm.weight")
     yield Slot(theirs + "post_attention_layernorm.weight", ours + "ffn_norm.weight")
-    yield from _mixer(layer, theirs, ours + "mixer.", names)
+    yield from _mixer(layer, theirs, ours + "mixer.")
     ffn = layer.ffn
     if not isinstance(ffn, MoE):
         yield from _swiglu(theirs + names.ffn, names.parts, ours + "ffn.")
@@ -129,7 +128,7 @@ def _layer(layer: LayerSpec, theirs: str, ours: str, names: Names) -> Iterator[S
         yield Slot(theirs + names.shared_gate, ours + "ffn.shared_gate")
 
 
-def _mixer(layer: LayerSpec, theirs: str, ours: str, names: Names) -> Iterator[Slot]:
+def _mixer(layer: LayerSpec, theirs: str, ours: str) -> Iterator[Slot]:
     mixer = layer.mixer
     if isinstance(mixer, Lightning):  # per head: query, key and value rows
         for i, part in enumerate("qkv"):
@@ -142,7 +141,7 @@ def _mixer(layer: LayerSpec, theirs: str, ours: str, names: Names) -> Iterator[S
     else:
         left_out = set() if mixer.qk_norm else {"q_norm.weight", "k_norm.weight"}
         left_out |= set() if mixer.qkv_bias else {f"{p}_proj.bias" for p in "qkv"}
-        table = {mine: its for mine, its in names.mixer.items() if mine not in left_out}
+        table = {mine: its for mine, its in ATTENTION.items() if mine not in left_out}
     for mine, its in table.items():
         yield Slot(theirs + its, ours + mine)
 

@@ -66,10 +66,10 @@ def price(name: str, model: Described, ask: Question) -> dict[str, Any]:
     row: dict[str, Any] = {
         "name": name,
         "context": ask.context,
-        "total_params": spec.num_params() - spec.mtp_params(),
+        "total_params": spec.main_params(),
         "mtp_params": spec.mtp_params(),
         "active_params": spec.active_params(),
-        "weight_bytes": BF16 * (spec.num_params() - spec.mtp_params()),
+        "weight_bytes": BF16 * spec.main_params(),
         "cache_bytes_per_token": spec.cache_bytes_per_token(BF16),
         "state_bytes": spec.state_bytes(FP32),
         "cache_bytes": sequence_bytes(spec, ask.context),
@@ -112,7 +112,7 @@ def step_seconds(spec: ModelSpec, device: Device, count: int, batch: int, contex
 
 def on_device(spec: ModelSpec, name: str, ask: Question) -> dict[str, Any]:
     """How many devices hold the model and one sequence, and the most that they can do."""
-    device, weights = find_device(name), BF16 * (spec.num_params() - spec.mtp_params())
+    device, weights = find_device(name), BF16 * spec.main_params()
     sequence, count = sequence_bytes(spec, ask.context), 1
     while device.joins and weights + sequence > USABLE * count * device.memory:
         count *= 2

@@ -94,7 +94,7 @@ def list_models() -> None:
         published = entry.get("published", {})
         said = " / ".join(str(v) for v in published.values())
         spec = find_model(name).spec
-        table.add_row(name, entry["hf"], f"{spec.num_params() - spec.mtp_params():,}", said)
+        table.add_row(name, entry["hf"], f"{spec.main_params():,}", said)
     Console().print(table)
 
 
