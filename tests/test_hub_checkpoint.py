@@ -23,6 +23,8 @@ from trivet.model import Transformer
 transformers = pytest.importorskip("transformers")
 from peers import gradients, randomise  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*every dimension of a head is rotated")
+
 
 def peer(family: str, seed: int, folder: Path) -> Any:
     """transformers' model with random weights, saved in several shards."""
@@ -183,6 +185,12 @@ def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
     next((tmp_path / "whole").glob("model-00002*")).unlink()
     with pytest.raises(UserError, match="is missing: the checkpoint's index names it"):
         load_checkpoint(tmp_path / "whole")
+
+
+def test_what_a_user_must_know_is_said(tmp_path: Path) -> None:
+    peer("minimax", 0, tmp_path)
+    with pytest.warns(UserWarning, match="every dimension of a head is rotated"):
+        load_checkpoint(tmp_path)
 
 
 def test_a_type_can_be_asked_for_and_balancing_biases_stay_exact(tmp_path: Path) -> None:

@@ -41,7 +41,10 @@ def load_checkpoint(
     """
     directory = Path(directory)
     config = directory / "config.json"
-    spec = read_config_file(config).spec
+    described = read_config_file(config)
+    for note in described.notes:
+        warnings.warn(f"{directory}: {note}.", stacklevel=2)
+    spec = described.spec
     family = json.loads(config.read_text())["model_type"]
     shards = Shards(directory)
     if spec.mtp and not any(name.startswith(f"model.layers.{len(spec.layers)}.") for name in shards.files):
