@@ -14,8 +14,8 @@ import torch
 from trivet.config import UserError
 from trivet.hub import FAMILIES, catalog, known_model, known_names, read_config, read_config_file
 from trivet.model.layers import inverse_frequencies
-from trivet.pattern import expand_pattern, write_pattern
 from trivet.spec import GQA, MLA, Lightning, MoE
+from trivet.spec.pattern import expand_pattern, write_pattern
 
 transformers = pytest.importorskip("transformers")
 CONFIGS = {

@@ -8,7 +8,6 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from trivet.pattern import expand_pattern
 from trivet.spec import (
     GQA,
     MLA,
@@ -22,6 +21,7 @@ from trivet.spec import (
     SwiGLU,
     Yarn,
 )
+from trivet.spec.pattern import expand_pattern
 
 YARN = Yarn(factor=40, original_length=4096, mscale_all_dim=1.0)
 

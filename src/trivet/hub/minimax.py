@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from trivet.hub.config import Config
 from trivet.hub.llama import attention
-from trivet.pattern import write_pattern
 from trivet.spec import Lightning, ModelSpec, MoE, PostNorm, Residual
+from trivet.spec.pattern import write_pattern
 
 PLACES = ("full_attention", "linear_attention", "mlp")
 

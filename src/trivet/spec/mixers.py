@@ -1,0 +1,122 @@
+"""How tokens see each other, as data: every mixer prices its parameters, its cache and its FLOPs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from trivet.spec.frozen import Frozen
+from trivet.spec.positions import Rope
+
+
+class GQA(Frozen):
+    """Grouped-query attention (arXiv 2305.13245); kv_heads = heads is MHA, kv_heads = 1 is MQA."""
+
+    kind: Literal["gqa"] = "gqa"
+    heads: int = Field(gt=0)
+    kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    rope: Rope
+    qk_norm: bool = False  # RMSNorm of each query and key head before RoPE, as Qwen3
+    qkv_bias: bool = False  # as Qwen2
+    window: int | None = Field(default=None, gt=0)  # a query sees itself and window-1 before it
+
+    @model_validator(mode="after")
+    def _divides(self) -> GQA:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+        if self.rope.dims > self.head_dim:
+            raise ValueError(f"rope.dims ({self.rope.dims}) exceeds head_dim ({self.head_dim})")
+        return self
+
+    def params(self, d: int) -> int:
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        biases = (q + 2 * kv) if self.qkv_bias else 0
+        norms = 2 * self.head_dim if self.qk_norm else 0
+        return d * (q + 2 * kv) + q * d + biases + norms
+
+    def matmul_params(self, d: int) -> int:
+        return d * self.head_dim * 2 * (self.heads + self.kv_heads)
+
+    def cache_per_token(self) -> int:
+        return 2 * self.kv_heads * self.head_dim
+
+    def state(self) -> int:
+        return 0
+
+    def context_flops(self, context: int) -> int:
+        seen = context if self.window is None else min(context, self.window)
+        return 4 * self.heads * self.head_dim * seen
+
+
+class MLA(Frozen):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, eq. 9-19), decoupled RoPE.
+
+    The cache holds the normed latent and the rotated shared key: kv_rank + rope_dim numbers.
+    """
+
+    kind: Literal["mla"] = "mla"
+    heads: int = Field(gt=0)
+    kv_rank: int = Field(gt=0)
+    q_rank: int | None = Field(default=None, gt=0)  # None: queries are not compressed (V2-Lite)
+    nope_dim: int = Field(gt=0)
+    v_dim: int = Field(gt=0)
+    rope: Rope  # rope.dims is the decoupled part
+
+    @property
+    def qk_dim(self) -> int:
+        return self.nope_dim + self.rope.dims
+
+    def params(self, d: int) -> int:
+        norms = self.kv_rank + (self.q_rank or 0)
+        return self.matmul_params(d) + norms
+
+    def matmul_params(self, d: int) -> int:
+        if self.q_rank is None:
+            q = d * self.heads * self.qk_dim
+        else:
+            q = d * self.q_rank + self.q_rank * self.heads * self.qk_dim
+        kv = d * (self.kv_rank + self.rope.dims)
+        kv += self.kv_rank * self.heads * (self.nope_dim + self.v_dim)
+        return q + kv + self.heads * self.v_dim * d
+
+    def cache_per_token(self) -> int:
+        return self.kv_rank + self.rope.dims
+
+    def state(self) -> int:
+        return 0
+
+    def context_flops(self, context: int) -> int:
+        """Expanded form, the usual counting; absorbed decode is `absorbed_flops`."""
+        return 2 * self.heads * (self.qk_dim + self.v_dim) * context
+
+    def absorbed_flops(self, context: int) -> int:
+        return 2 * self.heads * (2 * self.kv_rank + self.rope.dims) * context
+
+
+class Lightning(Frozen):
+    """Lightning attention as in MiniMax-01/M1 (arXiv 2501.08313): linear attention, fixed decay."""
+
+    kind: Literal["lightning"] = "lightning"
+    heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    norm_eps: float = 1e-6
+
+    def params(self, d: int) -> int:
+        return self.matmul_params(d) + self.heads * self.head_dim
+
+    def matmul_params(self, d: int) -> int:
+        return 5 * d * self.heads * self.head_dim  # q, k, v, output gate, output
+
+    def cache_per_token(self) -> int:
+        return 0
+
+    def state(self) -> int:
+        return self.heads * self.head_dim * self.head_dim
+
+    def context_flops(self, context: int) -> int:
+        return 4 * self.heads * self.head_dim * self.head_dim  # independent of the context
+
+
+Mixer = Annotated[GQA | MLA | Lightning, Field(discriminator="kind")]
