@@ -1,36 +1,43 @@
 """The engine: many requests, one batch, one forward pass a step.
 
 One rule drives it: *computed catches up with wanted*. A row wants the tokens of its prompt, those it
-has sampled, and those that were forced on it; the cache holds the first `computed` of them. A step
-feeds every row its next uncomputed token, and where that was the last one known, samples another. So
-forced tokens need no code of their own, and a group of samples computes its prompt once: the prompt's
-cache row is copied to every member.
+has sampled, and those that were forced on it; its cache holds the first `computed` of them. Rows that
+have much to catch up with (a new prompt, a request that was set aside and comes back) do it in pieces of
+bounded size; all others are fed one token a step, and where that was the last one known, sample another.
+So prompts, forced tokens, prefixes that were found and interrupted requests need no code of their own.
 
-Rows stay densely packed: finished rows idle (position -1) until enough of them are worth removing.
-All bookkeeping of a step is array arithmetic; Python touches a single request only when it starts,
-ends, or has its thought cut.
+A prompt is computed once: what earlier requests computed is found in the prefix store, and of requests with
+the same prompt that wait for each other one computes it and the others copy its row.
 
-Left out: paging, prefix reuse between requests, preemption, speculation.
+Python touches a single request only when it starts, ends, or has its thought cut.
+
+Left out: paging (rows are contiguous), speculation.
 """
 
 from __future__ import annotations
 
 import time
+import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
 
 from trivet.chat import Chat
-from trivet.engine.request import UNLIMITED, Limits, Live, Request
+from trivet.engine.prefix import PrefixStats, PrefixStore
+from trivet.engine.request import Limits, Live, Request
+from trivet.engine.rows import Rows
 from trivet.engine.sampling import Settings, sample
 from trivet.messages import Completion, StopReason
 from trivet.model import Routing, Transformer
-from trivet.model.cache import LayerCache
 
-PREFILL_TOKENS = 16_384  # padded prompt tokens of one prefill call
+PIECE_TOKENS = 16_384  # padded prompt tokens of one call
+LONGEST_PIECE = 2_048  # of one row: bounds what a layer holds at a time
+SNAPSHOT_EVERY = 512  # prompt tokens, where layers keep states: a later prompt may go on from there
+PREFIX_BYTES = 2**28  # a fair store for conversations
 IDLE_SHARE = 0.25  # finished rows beyond this share of the batch are removed
 SPAN_STEP = 16  # cache slots are read in multiples of this
 
@@ -40,11 +47,14 @@ class Stats:
     """What the engine did since it was made."""
 
     prompt_tokens: int = 0  # computed
-    shared_tokens: int = 0  # prompt tokens that a fork saved
+    shared_tokens: int = 0  # prompt tokens that a copy of another row saved
+    cached_tokens: int = 0  # prompt tokens that the prefix store saved
     decode_tokens: int = 0
     seconds: float = 0.0
     peak_rows: int = 0
     cache_bytes: int = 0
+    set_aside: int = 0  # requests that had to leave the batch and came back
+    shrunk: int = 0  # times that memory ran out and the batch was made smaller
 
     @property
     def tokens_per_second(self) -> float:
@@ -52,7 +62,11 @@ class Stats:
 
 
 class Engine:
-    """Continuous batching over at most `max_rows` sequences of at most `slots` tokens each."""
+    """Continuous batching over at most `max_rows` sequences of at most `slots` tokens each.
+
+    prefix_bytes: room for prefixes to start from, 0 for none (questions that are asked once share nothing).
+    They are forgotten when the weights change.
+    """
 
     def __init__(
         self,
@@ -62,20 +76,22 @@ class Engine:
         slots: int = 512,
         device: torch.device | str | None = None,
         record_experts: bool = False,
+        prefix_bytes: int = 0,
     ) -> None:
         self.model, self.chat = model, chat
         self.max_rows, self.slots = max_rows, slots
         self.device = torch.device(device) if device is not None else model.embed.device
         self.record_experts = record_experts
         self.stats = Stats()
+        self.rows = Rows(model, self.device, slots, record_experts)
+        self.prefix_bytes = prefix_bytes
+        self._weights = 0  # their version when the prefixes were computed
+        self.prefixes: PrefixStore | None = None
         self._next_id = 0
         self._waiting: deque[Live] = deque()
-        self._rows: list[Live | None] = []  # dense: row -> request, None where it has ended
         self._by_id: dict[int, Live] = {}
+        self._watched: dict[int, Live] = {}  # those with stop strings
         self._ended: list[tuple[int, Completion]] = []  # since the last step returned
-        self._caches: list[LayerCache] = []
-        self._capacity = 0
-        self._allocate(0)
 
     # --- requests ----------------------------------------------------------------------------------
     def add(self, request: Request) -> int:
@@ -84,8 +100,11 @@ class Engine:
         self._next_id += 1
         self._waiting.append(live)
         self._by_id[live.id] = live
+        if request.sampling.stop:
+            self._watched[live.id] = live
         return live.id
 
+    @torch.inference_mode()
     def cancel(self, id: int) -> None:
         """End a request now, with what it has so far; the next step returns it."""
         live = self._by_id.get(id)
@@ -113,260 +132,293 @@ class Engine:
 
     def so_far(self, id: int) -> tuple[int, ...]:
         """Tokens that a running request has produced."""
-        live = self._by_id[id]
-        return tuple(self._written(live.row)) if live.row >= 0 else ()
+        return tuple(self.rows.written(self._by_id[id]))
+
+    @property
+    def prefix_stats(self) -> PrefixStats:
+        return self.prefixes.stats if self.prefixes is not None else PrefixStats()
 
     # --- one step ----------------------------------------------------------------------------------
     @torch.inference_mode()
     def step(self) -> list[tuple[int, Completion]]:
-        """Admit what fits, feed every row one token; returns what ended."""
+        """Admit what fits, let prompts catch up by a piece, feed every other row one token; returns what ended."""
         began = time.perf_counter()
-        self._admit()
-        if any(self._rows):
+        try:
+            self._admit()
+            self._fill()
             self._decode()
-        self._compact()
+        except (torch.OutOfMemoryError, RuntimeError) as e:
+            if not _out_of_memory(e):
+                raise
+            self._shrink(e)
+        self.rows.compact(IDLE_SHARE)
         self.stats.seconds += time.perf_counter() - began
         ended, self._ended = self._ended, []
         return ended
 
     def _admit(self) -> None:
-        free = self.max_rows - len(self._rows)
-        new = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+        """First come, first served. Requests with one prompt start together: the first computes it for all."""
+        rows = self.rows
+        new = list(islice(self._waiting, max(self.max_rows - len(rows), 0)))
         if not new:
             return
-        first = len(self._rows)
-        self._allocate(first + len(new))
-        groups: dict[tuple[int, ...], list[Live]] = {}
+        longest = max(live.known for live in new)
+        rows.reserve(len(rows) + len(new), min(longest + SPAN_STEP, self.slots), self.max_rows)
+        for _ in new:
+            self._waiting.popleft()
+        new.sort(key=lambda live: -live.known)  # neighbours are of a length; the order of equals stays
+        first: dict[tuple[int, ...], Live] = {}
         for live in new:
-            groups.setdefault(live.request.prompt, []).append(live)
-        for members in groups.values():  # rows of a group lie together
-            for live in members:
-                live.row = len(self._rows)
-                self._rows.append(live)
-                self._start_row(live)
-        prompts = sorted(groups, key=len, reverse=True)
-        while prompts:
-            count = max(1, PREFILL_TOKENS // len(prompts[0]))
-            self._prefill([groups[p] for p in prompts[:count]])
-            prompts = prompts[count:]
-        self.stats.peak_rows = max(self.stats.peak_rows, len(self._rows))
+            rows.start(live)
+            if live.known == len(live.request.prompt):
+                leader = first.setdefault(live.request.prompt, live)
+                if leader is not live:
+                    leader.followers.append(live)
+                    rows.follows[live.row], rows.filling[live.row] = True, False
+        self._prepare_prefixes()
+        for live in new:
+            if not rows.follows[live.row]:
+                self._look_up(live.row)
+        self.stats.peak_rows = max(self.stats.peak_rows, len(rows))
+        self.stats.cache_bytes = max(self.stats.cache_bytes, rows.nbytes)
 
-    def _start_row(self, live: Live) -> None:
-        s, row, prompt = live.request.sampling, live.row, live.request.prompt
-        self.tokens[row, : len(prompt)] = prompt
-        self.sampled[row] = False
-        self.logprobs[row] = self.raw_logprobs[row] = 0.0
-        self.wanted[row], self.prompt_length[row] = len(prompt), len(prompt)
-        self.most[row] = min(s.max_tokens, self.slots - len(prompt))
-        self.budget[row], self.last_thought[row] = live.limits.budget, live.limits.last_thought
-        self.thinking[row], self.thought[row], self.hit[row] = live.limits.open, 0, False
-        self.stops_on_tool[row] = live.request.stop_on_tool
-        values = (s.temperature, s.top_p, s.top_k, s.min_p, s.seed & (2**63 - 1))
-        for table, value in zip(vars(self.settings).values(), values, strict=True):
-            table[row] = value
-
-    def _prefill(self, groups: list[list[Live]]) -> None:
-        """Compute each group's prompt once, all but its last token, and copy it to the members."""
-        rows = torch.tensor([live.row for members in groups for live in members])
-        self.computed[rows.numpy()] = np.array([len(g[0].request.prompt) - 1 for g in groups for _ in g])
-        bodies = [(i, g[0].request.prompt[:-1]) for i, g in enumerate(groups) if len(g[0].request.prompt) > 1]
-        if not bodies:
+    def _prepare_prefixes(self) -> None:
+        """A store that belongs to the weights as they are."""
+        if not self.prefix_bytes:
             return
-        longest = max(len(body) for _, body in bodies)
-        tokens = torch.zeros(len(bodies), longest, dtype=torch.long)
-        positions = torch.full((len(bodies), longest), -1)
-        for at, (_, body) in enumerate(bodies):
-            tokens[at, : len(body)] = torch.tensor(body)
-            positions[at, : len(body)] = torch.arange(len(body))
-        scratch = self.model.new_caches(len(bodies), self.slots, device=self.device)
-        routing = Routing() if self.record_experts else None
-        self.model(tokens.to(self.device), positions.to(self.device), scratch, span=longest, routing=routing)
-        source = torch.tensor([at for at, (i, _) in enumerate(bodies) for _ in groups[i]])
-        target = torch.tensor([live.row for i, _ in bodies for live in groups[i]])
-        for cache, prefilled in zip(self._caches, scratch, strict=True):
-            cache.copy_rows(source.to(self.device), target.to(self.device), prefilled)
-        if routing is not None:
-            for table, chosen in zip(self.experts, routing.experts, strict=True):
-                table[target.numpy(), :longest] = chosen.cpu().numpy()[source.numpy()]
-        computed = sum(len(body) for _, body in bodies)
-        self.stats.prompt_tokens += computed
-        self.stats.shared_tokens += sum(len(body) * len(groups[i]) for i, body in bodies) - computed
+        weights = sum(p._version for p in self.model.parameters())
+        if self.prefixes is None:
+            self.prefixes = PrefixStore(self.rows.caches, self.prefix_bytes)
+        elif weights != self._weights:
+            self.prefixes.forget()
+        self._weights = weights
+
+    def _look_up(self, row: int) -> None:
+        """Start a row from what is known of its tokens; the last one is always fed, for its logits."""
+        rows = self.rows
+        body = rows.tokens[row, : rows.wanted[row] - 1].tolist()
+        if self.prefixes is not None:
+            hit = self.prefixes.find(body)
+            self.prefixes.count(hit, len(body))
+            if hit.length:
+                self.prefixes.load(hit, rows.caches, row)
+                rows.computed[row] = hit.length
+                self.stats.cached_tokens += hit.length
+        if rows.computed[row] == len(body):
+            self._filled(row)
+
+    def _fill(self) -> None:
+        """Let rows with much to catch up with compute a piece: neighbours together, as many as a piece holds."""
+        rows, n = self.rows, len(self.rows)
+        left = np.where(rows.filling[:n], rows.wanted[:n] - 1 - rows.computed[:n], 0)
+        room = PIECE_TOKENS
+        for first in np.flatnonzero(left):
+            if left[first] == 0:
+                continue  # went with a neighbour
+            stop, width = int(first), 0
+            while stop < n and left[stop]:
+                wider = max(width, min(int(left[stop]), LONGEST_PIECE))
+                if stop > first and wider * (stop + 1 - first) > room:
+                    break
+                stop, width = stop + 1, wider
+            part = slice(int(first), stop)
+            counts = np.minimum(left[part], width)
+            if self.prefixes is not None and self.prefixes.states:
+                at = rows.computed[part]
+                counts = np.minimum(counts, SNAPSHOT_EVERY - at % SNAPSHOT_EVERY)
+            self._feed(part, counts)
+            self.stats.prompt_tokens += int(counts.sum())
+            left[part] = 0
+            for row in range(part.start, part.stop):
+                self._filled(row)
+            room -= width * (stop - int(first))
+            if room <= 0:
+                return
+
+    def _filled(self, row: int) -> None:
+        """After a piece: keep it for later requests; whoever waits for this prompt copies it once it is whole."""
+        rows = self.rows
+        live, computed = rows.live[row], int(rows.computed[row])
+        assert live is not None
+        rows.filling[row] = computed < rows.wanted[row] - 1
+        store = self.prefixes
+        if store is not None and (not rows.filling[row] or (store.states and computed % SNAPSHOT_EVERY == 0)):
+            store.save(rows.tokens[row, :computed].tolist(), rows.caches, row)
+        if rows.filling[row] or not live.followers:
+            return
+        targets = [other.row for other in live.followers]
+        source = torch.full((len(targets),), row, device=self.device)
+        for cache in rows.caches:
+            cache.copy_rows(source, torch.tensor(targets, device=self.device))
+        rows.computed[targets], rows.follows[targets] = computed, False
+        live.followers = []
+        self.stats.shared_tokens += computed * len(targets)
 
     def _decode(self) -> None:
-        n = len(self._rows)
-        rows = np.arange(n)
-        live = self.alive[:n]
-        positions = np.where(live, self.computed[:n], -1)
-        feed = torch.from_numpy(np.where(live, self.tokens[rows, self.computed[:n]], 0)).unsqueeze(-1)
-        span = min(-(-(int(positions.max()) + 1) // SPAN_STEP) * SPAN_STEP, self.slots)
-        routing = Routing() if self.record_experts else None
-        hidden = self.model(
-            feed.to(self.device), torch.from_numpy(positions).unsqueeze(-1).to(self.device), self._caches, span, routing
-        )
-        if routing is not None:
-            for table, chosen in zip(self.experts, routing.experts, strict=True):
-                table[rows, self.computed[:n]] = chosen[:, 0].cpu().numpy()
-        self.computed[:n] += live
-        need = live & (self.computed[:n] == self.wanted[:n])
+        """Feed one token to every row that is not busy with its prompt."""
+        rows, n = self.rows, len(self.rows)
+        ready = rows.alive[:n] & ~rows.filling[:n] & ~rows.follows[:n]
+        if not ready.any():
+            return
+        rows.reserve(n, min(int(rows.wanted[:n].max()) + 1 + len(self.chat.closing_ids), self.slots), self.max_rows)
+        hidden = self._feed(slice(0, n), ready.astype(np.int64))
+        need = ready & (rows.computed[:n] == rows.wanted[:n])
         self.stats.decode_tokens += int(need.sum())
         if need.any():
             self._extend(need, hidden[:, 0])
-        self._end_rows(live & (self.computed[:n] >= self.prompt_length[:n]))
+        self._end_rows(ready)
+
+    def _feed(self, part: slice, counts: np.ndarray) -> torch.Tensor:
+        """Compute the next counts[i] tokens of each row of a part of the batch -> hidden [B,T,D]."""
+        rows = self.rows
+        width = int(counts.max())
+        offset = np.arange(width)
+        at = rows.computed[part, None] + offset  # [B,T]
+        real = offset < counts[:, None]
+        index = np.arange(part.start, part.stop)[:, None]
+        tokens = np.where(real, rows.tokens[index, np.where(real, at, 0)], 0)
+        positions = np.where(real, at, -1)
+        span = min(-(-(int(positions.max()) + 1) // SPAN_STEP) * SPAN_STEP, rows.columns)
+        caches = rows.caches if part.start == 0 else [cache.view(part) for cache in rows.caches]
+        routing = Routing() if self.record_experts else None
+        hidden: torch.Tensor = self.model(
+            torch.from_numpy(tokens).to(self.device), torch.from_numpy(positions).to(self.device), caches, span, routing
+        )
+        if routing is not None:
+            where, column = index.repeat(width, 1)[real], at[real]
+            for table, chosen in zip(rows.experts, routing.experts, strict=True):
+                table[where, column] = chosen.cpu().numpy()[real]
+        rows.computed[part] += counts
+        return hidden
 
     def _extend(self, need: np.ndarray, hidden: torch.Tensor) -> None:
         """Sample one token for each row that needs one, and keep to the thinking budgets."""
-        n, chat = len(need), self.chat
-        produced = self.wanted[:n] - self.prompt_length[:n]
+        r, n, chat = self.rows, len(need), self.chat
+        produced = r.wanted[:n] - r.prompt_length[:n]
         logits = self.model.logits(hidden)
         broken = need & ~torch.isfinite(logits).all(-1).cpu().numpy()
         for row in np.flatnonzero(broken):
-            self._finish(self._rows[row], StopReason.ERROR, "the model's logits are not finite")
+            self._finish(r.live[row], StopReason.ERROR, "the model's logits are not finite")
         logits = torch.nan_to_num(logits) if broken.any() else logits
         index = torch.from_numpy(produced).to(self.device)
-        drawn = sample(logits, Settings(*(t[:n] for t in vars(self.settings).values())), index)
+        drawn = sample(logits, Settings(*(t[:n] for t in vars(r.settings).values())), index)
         token, logprob, raw = (t.cpu().numpy() for t in drawn)
         need = need & ~broken
-        opens = (token == chat.think_open_id) & ~self.thinking[:n]
-        stays = need & self.thinking[:n] & (token != chat.think_close_id)
-        spent = (self.thought[:n] >= self.budget[:n]) | (produced >= self.last_thought[:n])
+        opens = (token == chat.think_open_id) & ~r.thinking[:n]
+        stays = need & r.thinking[:n] & (token != chat.think_close_id)
+        spent = (r.thought[:n] >= r.budget[:n]) | (produced >= r.last_thought[:n])
         cut = stays & spent
         for row in np.flatnonzero(cut):
             self._force(int(row))
         rows = np.flatnonzero(need & ~cut)
-        at = self.wanted[rows]
-        self.tokens[rows, at], self.sampled[rows, at] = token[rows], True
-        self.logprobs[rows, at], self.raw_logprobs[rows, at] = logprob[rows], raw[rows]
-        self.wanted[rows] += 1
-        self.thought[:n] += stays & ~cut
-        ends = self.thinking[:n] & (token == chat.think_close_id)
-        self.thinking[rows] = (self.thinking[:n] & ~ends | opens)[rows]
+        at = r.wanted[rows]
+        r.tokens[rows, at], r.sampled[rows, at] = token[rows], True
+        r.logprobs[rows, at], r.raw_logprobs[rows, at] = logprob[rows], raw[rows]
+        r.wanted[rows] += 1
+        r.thought[:n] += stays & ~cut
+        ends = r.thinking[:n] & (token == chat.think_close_id)
+        r.thinking[rows] = (r.thinking[:n] & ~ends | opens)[rows]
 
     def _force(self, row: int) -> None:
         """Write the closing message and tag where the thought would have gone on."""
-        at, room = self.wanted[row], self.prompt_length[row] + self.most[row] - self.wanted[row]
+        r = self.rows
+        at, room = r.wanted[row], r.prompt_length[row] + r.most[row] - r.wanted[row]
         ids = self.chat.closing_ids[-room:] if room < len(self.chat.closing_ids) else self.chat.closing_ids
-        self.tokens[row, at : at + len(ids)] = ids
-        self.wanted[row] += len(ids)
-        self.thinking[row], self.hit[row] = False, True
+        r.tokens[row, at : at + len(ids)] = ids
+        r.wanted[row] += len(ids)
+        r.thinking[row], r.hit[row] = False, True
 
-    def _end_rows(self, rows: np.ndarray) -> None:
+    def _end_rows(self, fed: np.ndarray) -> None:
         """Finish the rows whose newest token, or length, says so."""
-        n, chat = len(rows), self.chat
-        newest = self.tokens[np.arange(n), np.maximum(self.wanted[:n] - 1, 0)]
-        produced = self.wanted[:n] - self.prompt_length[:n]
-        new = rows & self.alive[:n] & (produced > 0)
+        r, n, chat = self.rows, len(fed), self.chat
+        newest = r.tokens[np.arange(n), np.maximum(r.wanted[:n] - 1, 0)]
+        produced = r.wanted[:n] - r.prompt_length[:n]
+        new = fed & r.alive[:n] & (produced > 0)
         ended = new & (newest == chat.end_id)
-        called = new & (newest == chat.tool_close_id) & self.stops_on_tool[:n]
-        full = new & (produced >= self.most[:n])
+        called = new & (newest == chat.tool_close_id) & r.stops_on_tool[:n]
+        full = new & (produced >= r.most[:n])
         for row in np.flatnonzero(ended | called | full):
             reason = StopReason.END if ended[row] else StopReason.TOOL_CALL if called[row] else StopReason.LENGTH
-            self._finish(self._rows[row], reason)
-        for live in self._watched:
-            if live.row >= 0 and self.alive[live.row]:
-                text = chat.decode(self._written(live.row))
+            self._finish(r.live[row], reason)
+        for live in list(self._watched.values()):
+            if live.row >= 0 and new[live.row]:
+                # A stop string that is new ends in the newest token, and a token is at least a byte.
+                tail = max(len(stop.encode()) for stop in live.request.sampling.stop) + len(chat.closing_ids)
+                text = chat.decode(r.written(live)[-tail:])
                 if any(stop in text for stop in live.request.sampling.stop):
                     self._finish(live, StopReason.STOP_STRING)
 
-    @property
-    def _watched(self) -> list[Live]:
-        return [live for live in self._rows if live is not None and live.request.sampling.stop]
-
-    def _written(self, row: int) -> list[int]:
-        return self.tokens[row, self.prompt_length[row] : self.wanted[row]].tolist()
-
     def _finish(self, live: Live | None, reason: StopReason, error: str | None = None) -> None:
         assert live is not None
-        row, prompt = live.row, live.request.prompt
-        if row < 0:  # never started
-            done = Completion("", (), (), (), (), reason, prompt, error=error)
-        else:
-            part = slice(len(prompt), int(self.wanted[row]))
-            tokens = tuple(self.tokens[row, part].tolist())
-            experts = (
-                [t[row, part.start - 1 : part.stop - 1].copy() for t in self.experts] if self.record_experts else None
-            )
-            done = Completion(
-                self.chat.decode(tokens), tokens, tuple(self.sampled[row, part].tolist()),
-                tuple(self.logprobs[row, part].tolist()), tuple(self.raw_logprobs[row, part].tolist()),
-                reason, prompt, int(self.thought[row]), bool(self.hit[row]), experts, error,
-            )  # fmt: skip
-            self._rows[row] = None
-            self.alive[row] = False
+        self._pass_on(live)
+        row, start = live.row, len(live.request.prompt)
+        known = self.rows.read(live)
+        tokens, sampled, logprobs, raw = (
+            tuple(known[name][start:].tolist()) for name in ("tokens", "sampled", "logprobs", "raw_logprobs")
+        )
+        experts = [t[start - 1 : -1] for t in known["experts"]] if self.record_experts else None
+        done = Completion(
+            self.chat.decode(tokens), tokens, sampled, logprobs, raw, reason, live.request.prompt,
+            int(known["thought"]), bool(known["hit"]), experts, error,
+        )  # fmt: skip
+        if row >= 0:
+            if reason is StopReason.ERROR:
+                self.rows.clear(row)  # what is not finite must not meet the row's next request, even masked
+            else:
+                self._keep(row)
+            self.rows.stop(row)
         del self._by_id[live.id]
+        self._watched.pop(live.id, None)
         self._ended.append((live.id, done))
 
-    # --- rows --------------------------------------------------------------------------------------
-    def _compact(self) -> None:
-        """Give up idle rows once there are enough of them: a step costs what its rows cost."""
-        kept = [row for row, live in enumerate(self._rows) if live is not None]
-        idle = len(self._rows) - len(kept)
-        if idle == 0 or (kept and idle < IDLE_SHARE * len(self._rows)):
-            return
-        index = np.array(kept, dtype=np.int64)
-        n = len(kept)
-        if n:
-            source, target = torch.from_numpy(index).to(self.device), torch.arange(n, device=self.device)
-            for cache in self._caches:
-                cache.copy_rows(source, target)
-        for table in self._tables:
-            table[:n] = table[index]
-        for setting in vars(self.settings).values():
-            setting[:n] = setting[torch.from_numpy(index).to(self.device)]
-        self.alive[n:] = False
-        self._rows = [self._rows[row] for row in kept]
-        for row, live in enumerate(self._rows):
-            assert live is not None
-            live.row = row
+    def _keep(self, row: int) -> None:
+        computed = int(self.rows.computed[row])
+        if self.prefixes is not None and computed:
+            self.prefixes.save(self.rows.tokens[row, :computed].tolist(), self.rows.caches, row)
 
-    def _allocate(self, rows: int) -> None:
-        """Room for `rows` sequences; what is there stays."""
-        if rows <= self._capacity and self._capacity:
-            self.alive[len(self._rows) : rows] = True
+    def _pass_on(self, live: Live) -> None:
+        """A request leaves while others wait for the prompt that it fills: the first of them fills it now."""
+        if live.followers:
+            heir, *rest = live.followers
+            heir.followers, live.followers = rest, []
+            self.rows.follows[heir.row], self.rows.filling[heir.row] = False, True
+        elif live.row >= 0 and self.rows.follows[live.row]:
+            for other in self._by_id.values():
+                if live in other.followers:
+                    other.followers.remove(live)
+
+    # --- setting aside -----------------------------------------------------------------------------
+    @torch.inference_mode()
+    def set_aside(self, id: int) -> None:
+        """Take a running request out of the batch, to go on behind those that wait, as if nothing had happened."""
+        live = self._by_id.get(id)
+        if live is None or live.row < 0:
             return
-        old, old_settings, old_caches, used = (
-            self._tables if self._capacity else [],
-            None,
-            self._caches,
-            len(self._rows),
+        self._pass_on(live)
+        self._keep(live.row)
+        self._waiting.append(self.rows.take_out(live.row))
+        self.stats.set_aside += 1
+
+    def _shrink(self, why: Exception) -> None:
+        """Memory ran out: all start over from their tokens, half as many at a time. One alone fails."""
+        running = [live for live in self.rows.live if live is not None]
+        if len(running) <= 1 and self.max_rows == 1:
+            for live in running or [self._waiting.popleft()]:
+                self._finish(live, StopReason.ERROR, f"memory ran out with one request of {live.known} tokens: {why}")
+            running = []
+        for live in running:
+            live.followers = []
+        self._waiting.extendleft(self.rows.take_out(live.row) for live in reversed(running))
+        self.max_rows = max(1, min(self.max_rows, max(len(running), len(self.rows))) // 2)
+        self.rows = Rows(self.model, self.device, self.slots, self.record_experts)
+        self.prefixes = None
+        self.stats.set_aside, self.stats.shrunk = self.stats.set_aside + len(running), self.stats.shrunk + 1
+        warnings.warn(
+            f"Memory ran out: the batch is now at most {self.max_rows} requests, and prefixes are forgotten.",
+            stacklevel=3,
         )
-        if self._capacity:
-            old_settings = self.settings
-        capacity = min(self.max_rows, max(rows, 2 * self._capacity))
-        with torch.inference_mode():
-            self._new_tables(capacity)
-            for new, previous in zip(self._tables, old, strict=False):
-                new[:used] = previous[:used]
-            if old_settings is not None:
-                for new_s, previous_s in zip(vars(self.settings).values(), vars(old_settings).values(), strict=True):
-                    new_s[:used] = previous_s[:used]
-            if capacity:
-                self._caches = self.model.new_caches(capacity, self.slots, device=self.device)
-                kept = torch.arange(used, device=self.device)
-                for cache, previous_c in zip(self._caches, old_caches, strict=False):
-                    cache.copy_rows(kept, kept, previous_c)
-        self._capacity = capacity
-        self.alive[used:rows] = True
-        self.stats.cache_bytes = sum(cache.nbytes for cache in self._caches)
 
-    def _new_tables(self, rows: int) -> None:
-        shape = (rows, self.slots)
-        self.tokens = np.zeros(shape, np.int64)
-        self.sampled = np.zeros(shape, bool)
-        self.logprobs, self.raw_logprobs = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-        self.computed, self.wanted, self.prompt_length, self.most = (np.zeros(rows, np.int64) for _ in range(4))
-        self.budget, self.last_thought, self.thought = (np.full(rows, UNLIMITED) for _ in range(3))
-        self.alive, self.thinking, self.hit, self.stops_on_tool = (np.zeros(rows, bool) for _ in range(4))
-        self.experts = []
-        if self.record_experts:
-            widths = [layer.ffn.top_k for layer in self.model.spec.layers if layer.ffn.kind == "moe"]
-            self.experts = [np.zeros((*shape, k), np.int32) for k in widths]
-        kinds = (torch.float32, torch.float32, torch.long, torch.float32, torch.long)
-        self.settings = Settings(*(torch.zeros(rows, dtype=kind, device=self.device) for kind in kinds))
 
-    @property
-    def _tables(self) -> list[np.ndarray]:
-        return [
-            self.tokens, self.sampled, self.logprobs, self.raw_logprobs, self.computed, self.wanted,
-            self.prompt_length, self.most, self.budget, self.last_thought, self.thought, self.alive,
-            self.thinking, self.hit, self.stops_on_tool, *self.experts,
-        ]  # fmt: skip
+def _out_of_memory(e: Exception) -> bool:
+    """A GPU has a type for it, a CPU only words."""
+    return isinstance(e, torch.OutOfMemoryError) or "can't allocate memory" in str(e) or "not enough memory" in str(e)

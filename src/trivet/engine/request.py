@@ -12,7 +12,8 @@ exactly N tokens was not cut. No torch here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from trivet.chat import Chat
 from trivet.config import UserError
@@ -67,6 +68,8 @@ class Limits:
         ):
             if not good:
                 raise UserError(f"Sampling: {name} = {value!r} is out of range.")
+        if "" in s.stop:
+            raise UserError("Sampling: a stop string is empty, and would stop everything.")
         if not request.prompt:
             raise UserError("A request needs at least one prompt token.")
         if len(request.prompt) >= slots:
@@ -93,10 +96,28 @@ class Limits:
 
 
 @dataclass
+class Saved:
+    """A request that was taken out of the batch: all that its row held, but for the cache, by name."""
+
+    known: dict[str, Any]
+    settings: list[Any]
+
+
+@dataclass(eq=False)
 class Live:
-    """A request while it runs: `row` is its place in the batch."""
+    """A request from when it is added until it ends: `row` is its place in the batch.
+
+    followers: requests with the same prompt that wait for this one to compute it.
+    """
 
     id: int
     request: Request
     limits: Limits
     row: int = -1
+    saved: Saved | None = None
+    followers: list[Live] = field(default_factory=list)
+
+    @property
+    def known(self) -> int:
+        """Tokens that it brings into the batch."""
+        return len(self.saved.known["tokens"] if self.saved is not None else self.request.prompt)

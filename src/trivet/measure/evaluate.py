@@ -18,7 +18,7 @@ from dataclasses import replace
 from trivet.agent.loop import Episode, ModelStep
 from trivet.chat import Chat
 from trivet.config import UserError
-from trivet.engine import Engine
+from trivet.engine import PREFIX_BYTES, Engine
 from trivet.measure.results import Budget, Piece, Result, Share, Transcript
 from trivet.measure.stats import bootstrap, maj_at, pass_at, wilson
 from trivet.messages import Sampling
@@ -49,7 +49,7 @@ def evaluate(
     """Accuracy of `model` on problems 0..count-1 of a split, each answered n times.
 
     sampling: greedy by default; its own seed is replaced by hashes of `seed`. level: only problems of
-    that level. max_rows x slots is the cache: at once, and tokens each (default: the model's context
+    that level. the cache is at most max_rows x slots: at once, and tokens each (default: the model's context
     length; a long one is worth lowering). Raises UserError where nothing could be graded.
     """
     sampling = sampling or Sampling(temperature=0.0)
@@ -62,7 +62,10 @@ def evaluate(
         for j in range(n)
     ]
     training = model.training
-    engine = Engine(model.eval(), chat, min(max_rows, len(jobs)), slots or model.spec.context_length)
+    prefix = PREFIX_BYTES if tools and task.tools else 0  # only turns with tools come back
+    engine = Engine(
+        model.eval(), chat, min(max_rows, len(jobs)), slots or model.spec.context_length, prefix_bytes=prefix
+    )
     began = time.perf_counter()
     try:
         attempts = play(engine, jobs, max_turns)

@@ -13,6 +13,7 @@ Left out: paging, eviction, quantisation (they belong behind this same interface
 
 from __future__ import annotations
 
+import copy
 from typing import Protocol
 
 import torch
@@ -37,6 +38,19 @@ class LayerCache(Protocol):
         """Keep only these rows, in this order, and give the memory of the others back."""
         ...
 
+    def copy_from(self, source: LayerCache, rows: int) -> None:
+        """Take over the first rows of a cache with fewer rows or slots."""
+        ...
+
+    def view(self, rows: slice) -> LayerCache:
+        """These rows as a cache of its own over the same memory."""
+        ...
+
+    @property
+    def slot_dim(self) -> int | None:
+        """The dimension of the slots in every tensor; None where a sequence has one state, whatever its length."""
+        ...
+
     @property
     def nbytes(self) -> int: ...
 
@@ -45,6 +59,7 @@ class _Rows:
     """Row handling for any storage of shape [rows, ...]."""
 
     tensors: tuple[Tensor, ...]
+    slot_dim: int | None = None
 
     def copy_rows(self, src: Tensor, dst: Tensor, source: LayerCache | None = None) -> None:
         origin = self.tensors if source is None else source.tensors
@@ -54,6 +69,19 @@ class _Rows:
     def keep_rows(self, index: Tensor) -> None:
         self.tensors = tuple(t[index] for t in self.tensors)
 
+    def copy_from(self, source: LayerCache, rows: int) -> None:
+        for mine, theirs in zip(self.tensors, source.tensors, strict=True):
+            if self.slot_dim is None:
+                mine[:rows] = theirs[:rows]
+            else:  # the spare slot stays where it is
+                slots = theirs.shape[self.slot_dim] - 1
+                mine.narrow(self.slot_dim, 0, slots)[:rows] = theirs.narrow(self.slot_dim, 0, slots)[:rows]
+
+    def view(self, rows: slice) -> LayerCache:
+        part = copy.copy(self)
+        part.tensors = tuple(t[rows] for t in self.tensors)
+        return part
+
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors)
@@ -61,6 +89,8 @@ class _Rows:
 
 class KVCache(_Rows):
     """Keys and values, each [rows, K, slots+1, head_dim]: a head's slots lie together for decode."""
+
+    slot_dim = 2
 
     def __init__(self, spec: GQA, rows: int, slots: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (rows, spec.kv_heads, slots + 1, spec.head_dim)
@@ -77,6 +107,8 @@ class KVCache(_Rows):
 
 class LatentCache(_Rows):
     """MLA's normed latent and rotated shared key, side by side: [rows, slots+1, C + rope dims]."""
+
+    slot_dim = 1
 
     def __init__(self, spec: MLA, rows: int, slots: int, dtype: torch.dtype, device: torch.device) -> None:
         self.tensors = (torch.zeros(rows, slots + 1, spec.cache_per_token(), dtype=dtype, device=device),)

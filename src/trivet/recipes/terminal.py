@@ -18,12 +18,11 @@ from rich.console import Console
 from trivet.agent.loop import Episode, ModelStep, ToolStep, run_episode
 from trivet.chat import Chat
 from trivet.config import UserError
-from trivet.engine import Engine, EngineModel
+from trivet.engine import PREFIX_BYTES, Engine, EngineModel
 from trivet.hub.checkpoint import load_pair
 from trivet.messages import Message, Sampling
 from trivet.tools import get_tool
 
-MOST_SLOTS = 16_384  # tokens of a conversation: their cache is allocated at once
 FOLDED = 72  # characters of a thought that stay when it is folded
 
 
@@ -42,13 +41,10 @@ def converse(
     model, chat = load_pair(directory, device)
     model.eval()
     tools = [get_tool(name) for name in tool_names]
-    slots = min(model.spec.context_length, MOST_SLOTS)
-    engine = Engine(model, chat, max_rows=1, slots=slots, device=device)
+    engine = Engine(model, chat, 1, model.spec.context_length, device, prefix_bytes=PREFIX_BYTES)
     once = chat.markers.single_turn
     habit = "It was trained on single questions, so each starts anew." if once else "/new forgets."
     console.print(f"{directory}: {model.spec.num_params():,} parameters. {habit}", style="dim", markup=False)
-    if slots < model.spec.context_length:
-        console.print(f"A conversation may take {slots:,} of its {model.spec.context_length:,} tokens.", style="dim")
     console.print("Ctrl-D or /quit ends, /budget N sets the thinking budget (off, none).", style="dim", markup=False)
     history: list[Message] = []
     while True:

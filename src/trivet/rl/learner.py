@@ -44,7 +44,7 @@ from trivet.agent.loop import Row
 from trivet.chat import Chat
 from trivet.config import UserError
 from trivet.disk import Journal
-from trivet.engine import Engine
+from trivet.engine import PREFIX_BYTES, Engine
 from trivet.messages import Sampling
 from trivet.model import Routing, Transformer
 from trivet.rl.objectives import Totals, advantages, find_objective, policy_loss
@@ -233,7 +233,11 @@ class _Run:
                 )  # fmt: skip
                 jobs.append(Job(task, problem, sampling))
         self.model.eval()
-        engine = Engine(self.model, self.chat, min(c.max_rows, len(jobs)), c.length + 1, torch.device(self.device))
+        turns = c.max_turns > 1 and any(job.task.tools for job in jobs)  # a turn goes on from the one before
+        engine = Engine(
+            self.model, self.chat, min(c.max_rows, len(jobs)), c.length + 1, torch.device(self.device),
+            prefix_bytes=PREFIX_BYTES if turns else 0,
+        )  # fmt: skip
         attempts = play(engine, jobs, c.max_turns)
         self.model.train()
         return attempts

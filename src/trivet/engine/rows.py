@@ -1,0 +1,180 @@
+"""The running requests as arrays: one row each, dense, so that a step's bookkeeping is array arithmetic.
+
+A row wants the tokens of its prompt, those it has sampled and those that were forced on it (`wanted` of
+them); its cache row holds the first `computed`. Rows that ended idle until they are worth removing.
+
+Memory grows with what runs: rows and columns (slots of a sequence) double when they are short, layer by
+layer, so that a step never needs more than one layer twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from trivet.engine.request import UNLIMITED, Live, Saved
+from trivet.engine.sampling import Settings
+from trivet.model import Transformer
+from trivet.model.cache import LayerCache
+
+FIRST_COLUMNS = 256  # slots a sequence to begin with
+
+
+class Rows:
+    """Arrays [rows, columns] of tokens and [rows] of everything else, and the caches of the layers."""
+
+    def __init__(self, model: Transformer, device: torch.device, most_columns: int, record_experts: bool) -> None:
+        self.model, self.device, self.most_columns = model, device, most_columns
+        self.live: list[Live | None] = []  # row -> request, None where it has ended
+        self.columns = min(FIRST_COLUMNS, most_columns)
+        self.capacity = 0
+        self.caches: list[LayerCache] = []
+        moe = [layer.ffn.top_k for layer in model.spec.layers if layer.ffn.kind == "moe"]
+        self.experts = [np.zeros((0, self.columns, k), np.int32) for k in moe] if record_experts else []
+        shape = (0, self.columns)
+        self.tokens = np.zeros(shape, np.int64)
+        self.sampled = np.zeros(shape, bool)
+        self.logprobs, self.raw_logprobs = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        self.computed, self.wanted, self.prompt_length, self.most = (np.zeros(0, np.int64) for _ in range(4))
+        self.budget, self.last_thought, self.thought = (np.full(0, UNLIMITED) for _ in range(3))
+        self.alive, self.thinking, self.hit, self.stops_on_tool = (np.zeros(0, bool) for _ in range(4))
+        # filling: still computing what it brought along; follows: waits for another row to compute its prompt.
+        self.filling, self.follows = np.zeros(0, bool), np.zeros(0, bool)
+        kinds = (torch.float32, torch.float32, torch.long, torch.float32, torch.long)
+        self.settings = Settings(*(torch.zeros(0, dtype=kind, device=device) for kind in kinds))
+
+    def __len__(self) -> int:
+        return len(self.live)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(cache.nbytes for cache in self.caches)
+
+    # --- rows come and go --------------------------------------------------------------------------
+    def start(self, live: Live) -> None:
+        """Give a request the next row: as it is new, or as it was when it was taken out."""
+        row = live.row = len(self.live)
+        self.live.append(live)
+        self.sampled[row] = False
+        self.logprobs[row] = self.raw_logprobs[row] = 0.0
+        if live.saved is not None:
+            for name, table in self._tables():
+                value = live.saved.known[name]
+                table[(row, slice(len(value))) if table.ndim > 1 else row] = value
+            for table, value in zip(self.experts, live.saved.known["experts"], strict=True):
+                table[row, : len(value)] = value
+            for setting, value in zip(vars(self.settings).values(), live.saved.settings, strict=True):
+                setting[row] = value
+            live.saved = None
+        else:
+            s, prompt = live.request.sampling, live.request.prompt
+            self.tokens[row, : len(prompt)] = prompt
+            self.wanted[row], self.prompt_length[row] = len(prompt), len(prompt)
+            self.most[row] = min(s.max_tokens, self.most_columns - len(prompt))
+            self.budget[row], self.last_thought[row] = live.limits.budget, live.limits.last_thought
+            self.thinking[row], self.thought[row], self.hit[row] = live.limits.open, 0, False
+            self.stops_on_tool[row] = live.request.stop_on_tool
+            values = (s.temperature, s.top_p, s.top_k, s.min_p, s.seed & (2**63 - 1))
+            for setting, number in zip(vars(self.settings).values(), values, strict=True):
+                setting[row] = number
+        self.computed[row] = 0
+        self.alive[row] = self.filling[row] = True
+        self.follows[row] = False
+
+    def read(self, live: Live) -> dict[str, Any]:
+        """All that is known of a request, by name: running, waiting, or taken out."""
+        if live.saved is not None:
+            return live.saved.known
+        if live.row < 0:
+            none: dict[str, Any] = {
+                name: np.zeros((0, *table.shape[2:]), table.dtype) if table.ndim > 1 else 0
+                for name, table in self._tables()
+            }
+            return none | {"experts": [np.zeros((0, table.shape[2]), table.dtype) for table in self.experts]}
+        row, known = live.row, int(self.wanted[live.row])
+        found: dict[str, Any] = {n: t[row, :known].copy() if t.ndim > 1 else t[row].copy() for n, t in self._tables()}
+        return found | {"experts": [table[row, :known].copy() for table in self.experts]}
+
+    def written(self, live: Live) -> list[int]:
+        """The tokens after its prompt."""
+        start, row = len(live.request.prompt), live.row
+        tokens = self.tokens[row, : self.wanted[row]] if row >= 0 else self.read(live)["tokens"]
+        found: list[int] = tokens[start:].tolist()
+        return found
+
+    def clear(self, row: int) -> None:
+        for cache in self.caches:
+            for tensor in cache.tensors:
+                tensor[row] = 0
+
+    def stop(self, row: int) -> None:
+        self.live[row] = None
+        self.alive[row] = self.filling[row] = self.follows[row] = False
+
+    def take_out(self, row: int) -> Live:
+        """Stop a row so that it can be started again later, elsewhere."""
+        live = self.live[row]
+        assert live is not None
+        live.saved = Saved(self.read(live), [setting[row].clone() for setting in vars(self.settings).values()])
+        live.row = -1
+        self.stop(row)
+        return live
+
+    def compact(self, idle_share: float) -> None:
+        """Give up idle rows once there are enough of them: a step costs what its rows cost."""
+        kept = [row for row, live in enumerate(self.live) if live is not None]
+        idle, n = len(self.live) - len(kept), len(kept)
+        if idle == 0 or (kept and idle < idle_share * len(self.live)):
+            return
+        if n:
+            source, target = torch.tensor(kept, device=self.device), torch.arange(n, device=self.device)
+            for cache in self.caches:
+                cache.copy_rows(source, target)
+            for setting in vars(self.settings).values():
+                setting[:n] = setting[source]
+            for table in [table for _, table in self._tables()] + self.experts:
+                table[:n] = table[kept]
+        self.alive[n:] = self.filling[n:] = self.follows[n:] = False
+        self.live = [self.live[row] for row in kept]
+        for row, live in enumerate(self.live):
+            assert live is not None
+            live.row = row
+
+    # --- memory ------------------------------------------------------------------------------------
+    def reserve(self, rows: int, columns: int, most_rows: int) -> None:
+        """Room for `rows` sequences of `columns` tokens; what is there stays."""
+        if rows <= self.capacity and columns <= self.columns:
+            return
+        if rows > self.capacity:
+            rows = min(most_rows, max(rows, 2 * self.capacity))
+        rows = max(rows, self.capacity)
+        if columns > self.columns:
+            columns = min(self.most_columns, max(columns, 2 * self.columns))
+        columns = max(columns, self.columns)
+        used = len(self.live)
+        for i, layer in enumerate(self.model.layers):
+            grown = layer.mixer.new_cache(rows, columns, self.model.embed.dtype, self.device)  # type: ignore[operator,union-attr]
+            if i < len(self.caches):
+                grown.copy_from(self.caches[i], used)
+                self.caches[i] = grown
+            else:
+                self.caches.append(grown)
+        for name, table in self._tables():
+            setattr(self, name, _grown(table, rows, columns))
+        self.experts = [_grown(table, rows, columns) for table in self.experts]
+        settings = vars(self.settings)
+        for name, setting in settings.items():
+            settings[name] = torch.cat((setting, setting.new_zeros(rows - len(setting))))
+        self.capacity, self.columns = rows, columns
+
+    def _tables(self) -> list[tuple[str, np.ndarray]]:
+        return [(name, table) for name, table in vars(self).items() if isinstance(table, np.ndarray)]
+
+
+def _grown(table: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    shape = (rows, *((columns,) if table.ndim > 1 else ()), *table.shape[2:])
+    new = np.zeros(shape, table.dtype)
+    new[tuple(slice(n) for n in table.shape)] = table
+    return new
