@@ -40,7 +40,7 @@ LONG_FUNCTIONS: set[str] = set()  # "room/file.py:name", each with a reason
 
 PROBES_ALLOWED: set[str] = set()  # "file.py:function", each with a reason
 # Installed by extras only, or slow to import: never at the top of a file.
-LAZY = {"matplotlib", "tensorboard", "pydantic_monty", "reasoning_gym", "math_verify"}
+LAZY = {"matplotlib", "tensorboard", "pydantic_monty", "reasoning_gym", "math_verify", "llguidance"}
 
 Finding = tuple[int, str]
 

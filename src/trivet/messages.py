@@ -48,29 +48,50 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Grammar:
+    """What an answer must look like: a JSON schema, a regular expression, or a grammar in Lark's EBNF."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    text: str
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How to sample one completion. Temperature 0 is greedy.
 
+    repetition_penalty: logits of tokens seen in prompt or answer are divided by it (multiplied where negative;
+    arXiv 1909.05858). presence_penalty, frequency_penalty: subtracted once, and once for each time, from logits of
+    tokens in the answer. logit_bias: (token, added) pairs. stop_ids: tokens that end the completion, and stay in it.
     thinking: None = unlimited; "off" = the template's non-thinking prompt; N >= 0 = at most N
     reasoning tokens, then the closing message and the end-of-thinking tag are forced.
     answer_reserve: tokens kept back from max_tokens so that a thinker can still answer.
+    grammar: holds from where the answer starts.
+    top_logprobs, prompt_logprobs: what Completion reports of the model's own distribution.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0: off
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
     thinking: int | Literal["off"] | None = None
     answer_reserve: int = 16
+    grammar: Grammar | None = None
+    top_logprobs: int = 0
+    prompt_logprobs: bool = False
 
 
 class StopReason(StrEnum):
     END = "end"  # the model closed its turn
     TOOL_CALL = "tool_call"  # the model closed a tool call and waits for its result
-    STOP_STRING = "stop_string"
+    STOP_STRING = "stop_string"  # or one of stop_ids
     LENGTH = "length"  # max_tokens, or the cache is full
     CANCELLED = "cancelled"
     ERROR = "error"
@@ -81,10 +102,12 @@ class Completion:
     """What a model wrote, exactly. All lists have one entry a token of `tokens`.
 
     sampled: False where the engine forced the token (closing message, end-of-thinking tag).
-    logprobs: under the distribution sampled from (after temperature and truncation); 0 if forced.
+    logprobs: under the distribution sampled from (after grammar, penalties, temperature and truncation); 0 if forced.
     raw_logprobs: under the model's own distribution (T=1, nothing truncated); 0 if forced.
     experts: per MoE layer, (len(tokens), top_k) expert ids that computed the *input* position that
         predicted each token; None for a dense model.
+    top_logprobs: where asked for, the likeliest (token, raw logprob) pairs of each token; () if forced.
+    prompt_logprobs: where asked for, the raw logprob of every prompt token but the first.
     """
 
     text: str
@@ -98,6 +121,8 @@ class Completion:
     budget_hit: bool = False
     experts: Any = None
     error: str | None = None
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    prompt_logprobs: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)

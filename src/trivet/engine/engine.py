@@ -30,7 +30,7 @@ from trivet.chat import Chat
 from trivet.engine.prefix import PrefixStats, PrefixStore
 from trivet.engine.request import Limits, Live, Request
 from trivet.engine.rows import Rows
-from trivet.engine.sampling import Settings, sample
+from trivet.engine.writing import Writer
 from trivet.messages import Completion, StopReason
 from trivet.model import Routing, Transformer
 
@@ -84,24 +84,23 @@ class Engine:
         self.record_experts = record_experts
         self.stats = Stats()
         self.rows = Rows(model, self.device, slots, record_experts)
+        self.writer = Writer(model, chat)
         self.prefix_bytes = prefix_bytes
         self._weights = 0  # their version when the prefixes were computed
         self.prefixes: PrefixStore | None = None
         self._next_id = 0
         self._waiting: deque[Live] = deque()
         self._by_id: dict[int, Live] = {}
-        self._watched: dict[int, Live] = {}  # those with stop strings
         self._ended: list[tuple[int, Completion]] = []  # since the last step returned
 
     # --- requests ----------------------------------------------------------------------------------
     def add(self, request: Request) -> int:
         """Queue a request. Raises UserError where it asks for what can't be kept."""
         live = Live(self._next_id, request, Limits.of(request, self.chat, self.slots))
+        self.writer.prepare(live)
         self._next_id += 1
         self._waiting.append(live)
         self._by_id[live.id] = live
-        if request.sampling.stop:
-            self._watched[live.id] = live
         return live.id
 
     @torch.inference_mode()
@@ -170,7 +169,7 @@ class Engine:
         first: dict[tuple[int, ...], Live] = {}
         for live in new:
             rows.start(live)
-            if live.known == len(live.request.prompt):
+            if live.known == len(live.request.prompt) and not live.request.sampling.prompt_logprobs:
                 leader = first.setdefault(live.request.prompt, live)
                 if leader is not live:
                     leader.followers.append(live)
@@ -197,7 +196,9 @@ class Engine:
         """Start a row from what is known of its tokens; the last one is always fed, for its logits."""
         rows = self.rows
         body = rows.tokens[row, : rows.wanted[row] - 1].tolist()
-        if self.prefixes is not None:
+        live = rows.live[row]
+        assert live is not None
+        if self.prefixes is not None and not live.request.sampling.prompt_logprobs:  # which need every token computed
             hit = self.prefixes.find(body)
             self.prefixes.count(hit, len(body))
             if hit.length:
@@ -226,7 +227,8 @@ class Engine:
             if self.prefixes is not None and self.prefixes.states:
                 at = rows.computed[part]
                 counts = np.minimum(counts, SNAPSHOT_EVERY - at % SNAPSHOT_EVERY)
-            self._feed(part, counts)
+            hidden = self._feed(part, counts)
+            self.writer.read_prompts(rows, part, counts, hidden)
             self.stats.prompt_tokens += int(counts.sum())
             left[part] = 0
             for row in range(part.start, part.stop):
@@ -265,8 +267,10 @@ class Engine:
         need = ready & (rows.computed[:n] == rows.wanted[:n])
         self.stats.decode_tokens += int(need.sum())
         if need.any():
-            self._extend(need, hidden[:, 0])
-        self._end_rows(ready)
+            for row, error in self.writer.extend(rows, need, hidden[:, 0]):
+                self._finish(rows.live[row], StopReason.ERROR, error)
+        for row, reason in self.writer.ended(rows, ready & rows.alive[:n]):
+            self._finish(rows.live[row], reason)
 
     def _feed(self, part: slice, counts: np.ndarray) -> torch.Tensor:
         """Compute the next counts[i] tokens of each row of a part of the batch -> hidden [B,T,D]."""
@@ -291,63 +295,6 @@ class Engine:
         rows.computed[part] += counts
         return hidden
 
-    def _extend(self, need: np.ndarray, hidden: torch.Tensor) -> None:
-        """Sample one token for each row that needs one, and keep to the thinking budgets."""
-        r, n, chat = self.rows, len(need), self.chat
-        produced = r.wanted[:n] - r.prompt_length[:n]
-        logits = self.model.logits(hidden)
-        broken = need & ~torch.isfinite(logits).all(-1).cpu().numpy()
-        for row in np.flatnonzero(broken):
-            self._finish(r.live[row], StopReason.ERROR, "the model's logits are not finite")
-        logits = torch.nan_to_num(logits) if broken.any() else logits
-        index = torch.from_numpy(produced).to(self.device)
-        drawn = sample(logits, Settings(*(t[:n] for t in vars(r.settings).values())), index)
-        token, logprob, raw = (t.cpu().numpy() for t in drawn)
-        need = need & ~broken
-        opens = (token == chat.think_open_id) & ~r.thinking[:n]
-        stays = need & r.thinking[:n] & (token != chat.think_close_id)
-        spent = (r.thought[:n] >= r.budget[:n]) | (produced >= r.last_thought[:n])
-        cut = stays & spent
-        for row in np.flatnonzero(cut):
-            self._force(int(row))
-        rows = np.flatnonzero(need & ~cut)
-        at = r.wanted[rows]
-        r.tokens[rows, at], r.sampled[rows, at] = token[rows], True
-        r.logprobs[rows, at], r.raw_logprobs[rows, at] = logprob[rows], raw[rows]
-        r.wanted[rows] += 1
-        r.thought[:n] += stays & ~cut
-        ends = r.thinking[:n] & (token == chat.think_close_id)
-        r.thinking[rows] = (r.thinking[:n] & ~ends | opens)[rows]
-
-    def _force(self, row: int) -> None:
-        """Write the closing message and tag where the thought would have gone on."""
-        r = self.rows
-        at, room = r.wanted[row], r.prompt_length[row] + r.most[row] - r.wanted[row]
-        ids = self.chat.closing_ids[-room:] if room < len(self.chat.closing_ids) else self.chat.closing_ids
-        r.tokens[row, at : at + len(ids)] = ids
-        r.wanted[row] += len(ids)
-        r.thinking[row], r.hit[row] = False, True
-
-    def _end_rows(self, fed: np.ndarray) -> None:
-        """Finish the rows whose newest token, or length, says so."""
-        r, n, chat = self.rows, len(fed), self.chat
-        newest = r.tokens[np.arange(n), np.maximum(r.wanted[:n] - 1, 0)]
-        produced = r.wanted[:n] - r.prompt_length[:n]
-        new = fed & r.alive[:n] & (produced > 0)
-        ended = new & (newest == chat.end_id)
-        called = new & (newest == chat.tool_close_id) & r.stops_on_tool[:n]
-        full = new & (produced >= r.most[:n])
-        for row in np.flatnonzero(ended | called | full):
-            reason = StopReason.END if ended[row] else StopReason.TOOL_CALL if called[row] else StopReason.LENGTH
-            self._finish(r.live[row], reason)
-        for live in list(self._watched.values()):
-            if live.row >= 0 and new[live.row]:
-                # A stop string that is new ends in the newest token, and a token is at least a byte.
-                tail = max(len(stop.encode()) for stop in live.request.sampling.stop) + len(chat.closing_ids)
-                text = chat.decode(r.written(live)[-tail:])
-                if any(stop in text for stop in live.request.sampling.stop):
-                    self._finish(live, StopReason.STOP_STRING)
-
     def _finish(self, live: Live | None, reason: StopReason, error: str | None = None) -> None:
         assert live is not None
         self._pass_on(live)
@@ -359,7 +306,8 @@ class Engine:
         experts = [t[start - 1 : -1] for t in known["experts"]] if self.record_experts else None
         done = Completion(
             self.chat.decode(tokens), tokens, sampled, logprobs, raw, reason, live.request.prompt,
-            int(known["thought"]), bool(known["hit"]), experts, error,
+            int(known["thought"]), bool(known["hit"]), experts, error, live.reported_tops(len(tokens)),
+            tuple(live.prompt_logprobs) if live.request.sampling.prompt_logprobs else None,
         )  # fmt: skip
         if row >= 0:
             if reason is StopReason.ERROR:
@@ -368,7 +316,7 @@ class Engine:
                 self._keep(row)
             self.rows.stop(row)
         del self._by_id[live.id]
-        self._watched.pop(live.id, None)
+        self.writer.forget(live)
         self._ended.append((live.id, done))
 
     def _keep(self, row: int) -> None:

@@ -13,6 +13,7 @@ exactly N tokens was not cut. No torch here.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from trivet.chat import Chat
@@ -20,6 +21,7 @@ from trivet.config import UserError
 from trivet.messages import Sampling
 
 UNLIMITED = 2**31
+MOST_TOPS = 100  # likeliest tokens that are reported
 
 
 class NoRoom(UserError):
@@ -62,6 +64,10 @@ class Limits:
             ("top_p", s.top_p, 0 < s.top_p <= 1),
             ("top_k", s.top_k, s.top_k >= 0),
             ("min_p", s.min_p, 0 <= s.min_p <= 1),
+            ("repetition_penalty", s.repetition_penalty, s.repetition_penalty > 0),
+            ("presence_penalty", s.presence_penalty, isfinite(s.presence_penalty)),
+            ("frequency_penalty", s.frequency_penalty, isfinite(s.frequency_penalty)),
+            ("top_logprobs", s.top_logprobs, 0 <= s.top_logprobs <= MOST_TOPS),
             ("max_tokens", s.max_tokens, s.max_tokens >= 1),
             ("answer_reserve", s.answer_reserve, s.answer_reserve >= 0),
             ("thinking", s.thinking, s.thinking in (None, "off") or (isinstance(s.thinking, int) and s.thinking >= 0)),
@@ -116,8 +122,16 @@ class Live:
     row: int = -1
     saved: Saved | None = None
     followers: list[Live] = field(default_factory=list)
+    matcher: Any = None  # where its grammar stands
+    tops: dict[int, tuple[tuple[int, float], ...]] = field(default_factory=dict)  # by number of the token
+    prompt_logprobs: list[float] = field(default_factory=list)
 
     @property
     def known(self) -> int:
         """Tokens that it brings into the batch."""
         return len(self.saved.known["tokens"] if self.saved is not None else self.request.prompt)
+
+    def reported_tops(self, tokens: int) -> tuple[tuple[tuple[int, float], ...], ...] | None:
+        if not self.request.sampling.top_logprobs:
+            return None
+        return tuple(self.tops.get(i, ()) for i in range(tokens))

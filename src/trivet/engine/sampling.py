@@ -27,15 +27,18 @@ class Settings:
         return Settings(*(t[rows] for t in (self.temperature, self.top_p, self.top_k, self.min_p, self.seed)))
 
 
-def sample(logits: Tensor, settings: Settings, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def sample(
+    logits: Tensor, settings: Settings, index: Tensor, steered: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """logits [B,V], index [B] (of the token in its request) -> tokens, logprobs, raw logprobs, [B] each.
 
-    logprobs are under the distribution that was drawn from (0 for a greedy row, which had no choice),
+    steered: the logits [B,V] to draw from, where penalties, biases or grammars changed them. logprobs are under the distribution that was drawn from (0 for a greedy row, which had no choice),
     raw ones under the model's own (temperature 1, nothing cut off).
     """
     raw = logits.float().log_softmax(-1)  # [B,V]
     greedy = settings.temperature == 0
-    scaled = raw / torch.where(greedy, 1.0, settings.temperature).unsqueeze(-1)
+    start = raw if steered is None else steered.float().log_softmax(-1)
+    scaled = start / torch.where(greedy, 1.0, settings.temperature).unsqueeze(-1)
     cut = (settings.top_p < 1) | (settings.top_k > 0) | (settings.min_p > 0)
     if bool((settings.temperature != 1).any()) or bool(cut.any()):
         if bool(cut.any()):
@@ -43,11 +46,11 @@ def sample(logits: Tensor, settings: Settings, index: Tensor) -> tuple[Tensor, T
             scaled[rows] = truncate(scaled[rows], settings[rows])
         logp = scaled.log_softmax(-1)
     else:
-        logp = raw
+        logp = start
     cdf = logp.double().exp().cumsum(-1)
     u = uniform(settings.seed, index) * cdf[:, -1]
     drawn = torch.searchsorted(cdf, u.unsqueeze(-1), right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
-    tokens = torch.where(greedy, raw.argmax(-1), drawn)
+    tokens = torch.where(greedy, start.argmax(-1), drawn)
     chosen = tokens.unsqueeze(-1)
     logprobs = torch.where(greedy, 0.0, logp.gather(-1, chosen).squeeze(-1))
     return tokens, logprobs, raw.gather(-1, chosen).squeeze(-1)

@@ -1,0 +1,88 @@
+"""Constrained decoding: only tokens that a grammar allows may be drawn (llguidance, github.com/guidance-ai/llguidance).
+
+A grammar starts where the answer starts: while a thought is open, or may still be opened, it says nothing. Its mask is
+one bit a token of the vocabulary, worked out in Rust for all rows of a step at once and applied to their logits.
+When nothing more can follow, the only token that is left is the end of the turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trivet.chat import Chat
+from trivet.config import UserError
+from trivet.messages import Grammar
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+
+class Grammars:
+    """The grammars of one tokenizer. Raises UserError where llguidance is missing or the tokenizer is of no use to it."""
+
+    def __init__(self, chat: Chat, vocab_size: int) -> None:
+        try:
+            import llguidance
+        except ImportError:
+            raise UserError("A grammar needs llguidance: pip install 'trivet[grammar]'.") from None
+        if chat.end_id < 0:
+            raise UserError("A grammar needs a token that ends a turn, and this tokenizer has none.")
+        self.vocab_size = vocab_size
+        self.tokenizer = _tokenizer(chat, vocab_size)
+        self._compilers: dict[str, Callable[[str], str]] = {
+            "json_schema": llguidance.LLMatcher.grammar_from_json_schema,
+            "regex": llguidance.LLMatcher.grammar_from_regex,
+            "lark": llguidance.LLMatcher.grammar_from_lark,
+        }
+        self._matcher, self._executor = llguidance.LLMatcher, llguidance.LLExecutor()
+
+    def start(self, grammar: Grammar) -> LLMatcher:
+        """What says at every token which may follow. Raises UserError with the grammar's own mistake."""
+        try:
+            matcher = self._matcher(self.tokenizer, self._compilers[grammar.kind](grammar.text), log_level=0)
+        except (ValueError, TypeError) as e:
+            raise UserError(f"The {grammar.kind} grammar can't be read: {e}.") from None
+        if matcher.is_error():
+            raise UserError(f"The {grammar.kind} grammar can't be read: {matcher.get_error().strip()}.")
+        return matcher
+
+    def allowed(self, matchers: list[LLMatcher], device: torch.device) -> Tensor:
+        """[len(matchers), V] bool: which tokens may come next."""
+        words = np.zeros((len(matchers), -(-self.vocab_size // 32)), np.int32)
+        rows = [(matcher, i) for i, matcher in enumerate(matchers)]
+        self._executor.unsafe_compute_mask_ptr(rows, words.ctypes.data, words.shape[1] * 4, len(matchers))
+        bits = torch.from_numpy(words.view(np.uint8)).to(device).unsqueeze(-1) >> torch.arange(8, device=device)
+        return (bits & 1).bool().flatten(1)[:, : self.vocab_size]
+
+
+def _tokenizer(chat: Chat, vocab_size: int) -> LLTokenizer:
+    """By the tokenizer's own file where its way of writing bytes is known, else by the text of each token."""
+    import llguidance
+
+    try:
+        return llguidance.LLTokenizer(chat.tokenizer.to_str(), n_vocab=vocab_size, eos_token=chat.end_id)
+    except ValueError:
+        return llguidance.LLTokenizer(
+            llguidance.TokenizerWrapper(_Plain(chat)), n_vocab=vocab_size, eos_token=chat.end_id
+        )
+
+
+class _Plain:
+    """A tokenizer whose tokens are the text that they stand for, as llguidance wants to see one."""
+
+    bos_token_id: int | None = None
+
+    def __init__(self, chat: Chat) -> None:
+        self._chat = chat
+        self.eos_token_id = chat.end_id
+        size = chat.tokenizer.get_vocab_size()
+        self.tokens = [(chat.tokenizer.id_to_token(i) or "").encode() for i in range(size)]
+        self.special_token_ids = [i for i, token in chat.tokenizer.get_added_tokens_decoder().items() if token.special]
+
+    def __call__(self, text: Any) -> list[int]:
+        return self._chat.encode_text(text.decode() if isinstance(text, bytes) else text)

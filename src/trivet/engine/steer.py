@@ -1,0 +1,71 @@
+"""What changes a row's logits before a token is drawn: penalties, biases, grammars. Rows that ask for none cost nothing.
+
+    repetition   l <- l / p where l > 0, l p elsewhere, for tokens of prompt and answer      (CTRL, arXiv 1909.05858)
+    presence     l <- l - a for tokens of the answer;  frequency  l <- l - b count(token)    (as OpenAI's API)
+    bias         l <- l + c for tokens that are named
+    grammar      l <- -inf for tokens that can't follow
+
+The model's own distribution is kept beside it: raw logprobs are taken before any of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trivet.engine.grammar import Grammars
+from trivet.engine.request import Live
+from trivet.messages import Sampling
+
+
+def steers(s: Sampling) -> bool:
+    """Whether a request asks for anything here."""
+    plain = s.repetition_penalty == 1 and s.presence_penalty == 0 and s.frequency_penalty == 0
+    return not plain or bool(s.logit_bias) or s.grammar is not None
+
+
+def steer(
+    logits: Tensor,
+    lives: Sequence[Live],
+    tokens: Sequence[np.ndarray],
+    grammars: Grammars | None,
+    thinks: Sequence[int],
+) -> Tensor:
+    """The rows' logits [B,V], changed for `lives` (row live.row each; tokens: its prompt and what it wrote).
+
+    thinks: for each of them, the token that may open a thought here whatever its grammar says, -1 for none, and
+    -2 while a thought is open.
+    """
+    changed = logits.float().clone()
+    bound = [(live, may) for live, may in zip(lives, thinks, strict=True) if live.matcher is not None and may > -2]
+    for live, known in zip(lives, tokens, strict=True):
+        _penalise(changed[live.row], live.request.sampling, known, len(live.request.prompt))
+    if bound:
+        assert grammars is not None
+        allowed = grammars.allowed([live.matcher for live, _ in bound], logits.device)
+        for i, (_, may) in enumerate(bound):
+            if may >= 0:
+                allowed[i, may] = True
+        rows = torch.tensor([live.row for live, _ in bound], device=logits.device)
+        changed[rows] = changed[rows].masked_fill(~allowed, float("-inf"))
+    return changed
+
+
+def _penalise(row: Tensor, s: Sampling, known: np.ndarray, prompt: int) -> None:
+    """One row's penalties and biases, in place."""
+    if s.repetition_penalty != 1:
+        seen = torch.from_numpy(np.unique(known)).to(row.device)
+        value = row[seen]
+        row[seen] = torch.where(value > 0, value / s.repetition_penalty, value * s.repetition_penalty)
+    if (s.presence_penalty or s.frequency_penalty) and len(known) > prompt:
+        written, counts = np.unique(known[prompt:], return_counts=True)
+        amount = s.presence_penalty + s.frequency_penalty * counts
+        row[torch.from_numpy(written).to(row.device)] -= torch.from_numpy(amount).to(row)
+    if s.logit_bias:
+        ids, values = zip(*s.logit_bias, strict=True)
+        row.index_add_(
+            0, torch.tensor(ids, device=row.device), torch.tensor(values, dtype=row.dtype, device=row.device)
+        )

@@ -1,0 +1,159 @@
+"""From hidden states to tokens: draw, keep to the budgets, and see what has ended.
+
+All rows of a step at once, in arrays. Only rows that ask for more (penalties, a grammar, stop strings, the
+likeliest tokens) are looked at one by one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trivet.chat import Chat
+from trivet.config import UserError
+from trivet.engine.grammar import Grammars
+from trivet.engine.request import Live
+from trivet.engine.rows import Rows
+from trivet.engine.sampling import Settings, sample
+from trivet.engine.steer import steer, steers
+from trivet.messages import StopReason
+from trivet.model import Transformer
+
+PROMPT_LOGITS = 128  # prompt positions whose logits are there at a time
+
+
+class Writer:
+    """Writes the next token of every row that needs one."""
+
+    def __init__(self, model: Transformer, chat: Chat) -> None:
+        self.model, self.chat = model, chat
+        self._grammars: Grammars | None = None
+        self._steered: dict[int, Live] = {}
+        self._watched: dict[int, Live] = {}  # for stop strings and ids
+        self._topped: dict[int, Live] = {}
+
+    def prepare(self, live: Live) -> None:
+        """Note what a new request asks for. Raises UserError for a grammar or a token that there isn't."""
+        s, size = live.request.sampling, self.model.spec.vocab_size
+        for what, ids in (("logit_bias", [token for token, _ in s.logit_bias]), ("stop_ids", s.stop_ids)):
+            wrong = [token for token in ids if not 0 <= token < size]
+            if wrong:
+                raise UserError(f"Sampling: {what} names token {wrong[0]}, and the vocabulary has {size}.")
+        if s.grammar is not None:
+            if self._grammars is None:
+                self._grammars = Grammars(self.chat, size)
+            live.matcher = self._grammars.start(s.grammar)
+        for table, wanted in (
+            (self._steered, steers(s)),
+            (self._watched, bool(s.stop or s.stop_ids)),
+            (self._topped, s.top_logprobs > 0),
+        ):
+            if wanted:
+                table[live.id] = live
+
+    def forget(self, live: Live) -> None:
+        for table in (self._steered, self._watched, self._topped):
+            table.pop(live.id, None)
+
+    def read_prompts(self, rows: Rows, part: slice, counts: np.ndarray, hidden: Tensor) -> None:
+        """After a piece of prompts, hidden [B,T,D]: what the model thought of the tokens that followed."""
+        for i, row in enumerate(range(part.start, part.stop)):
+            live = rows.live[row]
+            if live is None or not live.request.sampling.prompt_logprobs:
+                continue
+            end, count = int(rows.computed[row]), int(counts[i])
+            follow = torch.from_numpy(rows.tokens[row, end - count + 1 : end + 1]).to(hidden.device)
+            for piece, ids in zip(hidden[i, :count].split(PROMPT_LOGITS), follow.split(PROMPT_LOGITS), strict=True):
+                logp = self.model.logits(piece).float().log_softmax(-1)
+                live.prompt_logprobs += logp.gather(-1, ids.unsqueeze(-1)).squeeze(-1).tolist()
+
+    def extend(self, rows: Rows, need: np.ndarray, hidden: Tensor) -> list[tuple[int, str]]:
+        """Sample one token for each row that needs one -> (row, error) of those that can't go on."""
+        r, n, chat = rows, len(need), self.chat
+        produced = r.wanted[:n] - r.prompt_length[:n]
+        logits = self.model.logits(hidden)
+        broken = need & ~torch.isfinite(logits).all(-1).cpu().numpy()
+        failed = [(int(row), "the model's logits are not finite") for row in np.flatnonzero(broken)]
+        logits = torch.nan_to_num(logits) if broken.any() else logits
+        need = need & ~broken
+        lives = [live for live in self._steered.values() if live.row >= 0 and need[live.row]]
+        thinks = [self._may_think(r, live) for live in lives]
+        known = [r.tokens[live.row, : r.wanted[live.row]] for live in lives]
+        steered = steer(logits, lives, known, self._grammars, thinks) if lives else None
+        index = torch.from_numpy(produced).to(logits.device)
+        drawn = sample(logits, Settings(*(t[:n] for t in vars(r.settings).values())), index, steered)
+        token, logprob, raw = (t.cpu().numpy() for t in drawn)
+        opens = (token == chat.think_open_id) & ~r.thinking[:n]
+        stays = need & r.thinking[:n] & (token != chat.think_close_id)
+        spent = (r.thought[:n] >= r.budget[:n]) | (produced >= r.last_thought[:n])
+        cut = stays & spent
+        for row in np.flatnonzero(cut):
+            self._force(r, int(row))
+        write = np.flatnonzero(need & ~cut)
+        self._report(r, need & ~cut, logits)
+        for live, may in zip(lives, thinks, strict=True):
+            if live.matcher is not None and may > -2 and token[live.row] != may:
+                if not live.matcher.consume_token(int(token[live.row])):
+                    failed.append((live.row, f"the grammar can't go on: {live.matcher.get_error().strip()}"))
+        at = r.wanted[write]
+        r.tokens[write, at], r.sampled[write, at] = token[write], True
+        r.logprobs[write, at], r.raw_logprobs[write, at] = logprob[write], raw[write]
+        r.wanted[write] += 1
+        r.thought[:n] += stays & ~cut
+        ends = r.thinking[:n] & (token == chat.think_close_id)
+        r.thinking[write] = (r.thinking[:n] & ~ends | opens)[write]
+        return failed
+
+    def _may_think(self, rows: Rows, live: Live) -> int:
+        """The token that may open a thought here; -1: it is too late for one; -2: one is open."""
+        if rows.thinking[live.row]:
+            return -2
+        first = rows.wanted[live.row] == rows.prompt_length[live.row]
+        return self.chat.think_open_id if first and live.request.sampling.thinking != "off" else -1
+
+    def _report(self, rows: Rows, writes: np.ndarray, logits: Tensor) -> None:
+        """Note the likeliest tokens where they were asked for."""
+        for live in self._topped.values():
+            if live.row >= 0 and writes[live.row]:
+                best = logits[live.row].float().log_softmax(-1).topk(live.request.sampling.top_logprobs)
+                number = int(rows.wanted[live.row] - rows.prompt_length[live.row])
+                live.tops[number] = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+    def _force(self, rows: Rows, row: int) -> None:
+        """Write the closing message and tag where the thought would have gone on."""
+        r, ids = rows, self.chat.closing_ids
+        at, room = r.wanted[row], r.prompt_length[row] + r.most[row] - r.wanted[row]
+        ids = ids[-room:] if room < len(ids) else ids
+        r.tokens[row, at : at + len(ids)] = ids
+        r.wanted[row] += len(ids)
+        r.thinking[row], r.hit[row] = False, True
+
+    def ended(self, rows: Rows, fed: np.ndarray) -> list[tuple[int, StopReason]]:
+        """The rows that end with their newest token, or for want of room, and why."""
+        r, n, chat = rows, len(fed), self.chat
+        newest = r.tokens[np.arange(n), np.maximum(r.wanted[:n] - 1, 0)]
+        produced = r.wanted[:n] - r.prompt_length[:n]
+        new = fed & (produced > 0)
+        reasons = {}
+        for live in self._watched.values():
+            if live.row >= 0 and new[live.row] and self._stops(r, live, int(newest[live.row])):
+                reasons[live.row] = StopReason.STOP_STRING
+        ends, called = newest == chat.end_id, (newest == chat.tool_close_id) & r.stops_on_tool[:n]
+        for row in np.flatnonzero(new & (ends | called | (produced >= r.most[:n]))):
+            reason = StopReason.END if ends[row] else StopReason.TOOL_CALL if called[row] else StopReason.LENGTH
+            if reason is not StopReason.LENGTH or int(row) not in reasons:
+                reasons[int(row)] = reason
+        return list(reasons.items())
+
+    def _stops(self, rows: Rows, live: Live, newest: int) -> bool:
+        s = live.request.sampling
+        if newest in s.stop_ids:
+            return True
+        if not s.stop:
+            return False
+        # A stop string that is new ends in the newest token, and a token is at least a byte of text; those of a
+        # closing message may come several at once.
+        tail = max(len(stop.encode()) for stop in s.stop) + len(self.chat.closing_ids)
+        text = self.chat.decode(rows.written(live)[-tail:])
+        return any(stop in text for stop in s.stop)
