@@ -21,7 +21,7 @@ transformers = pytest.importorskip("transformers")
 CONFIGS = {
     "llama": "LlamaConfig", "mixtral": "MixtralConfig", "qwen2": "Qwen2Config", "qwen2_moe": "Qwen2MoeConfig",
     "qwen3": "Qwen3Config", "qwen3_moe": "Qwen3MoeConfig", "deepseek_v2": "DeepseekV2Config",
-    "deepseek_v3": "DeepseekV3Config", "minimax": "MiniMaxConfig",
+    "deepseek_v3": "DeepseekV3Config", "minimax": "MiniMaxConfig", "qwen3_next": "Qwen3NextConfig", "minimax_m2": "MiniMaxM2Config",
 }  # fmt: skip
 YARN = {
     "rope_type": "yarn",
@@ -52,17 +52,28 @@ def random_config(family: str, seed: int) -> Any:
     if family == "qwen2":
         values |= {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32, "head_dim": 8}
     experts, top = rng.choice([6, 8]), rng.randrange(2, 4)  # of one expert with norm_topk the weight is always 1
-    if family in ("mixtral", "minimax"):
+    if family in ("mixtral", "minimax", "minimax_m2"):
         values |= {"num_local_experts": experts, "num_experts_per_tok": top}
     if family == "minimax":
         values |= {"rope_parameters": PLAIN, "full_attn_alpha_factor": 1.3, "linear_attn_beta_factor": 0.7,
                    "layer_types": None}  # fmt: skip
-    if family in ("qwen2_moe", "qwen3_moe"):
+    if family in ("qwen2_moe", "qwen3_moe", "qwen3_next"):
         values |= {"num_experts": experts, "num_experts_per_tok": top, "moe_intermediate_size": 16,
                    "norm_topk_prob": rng.random() < 0.5}  # fmt: skip
     if family == "qwen2_moe":
         values |= {"shared_expert_intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2,
                    "hidden_size": 32, "head_dim": 8}  # fmt: skip
+    if family == "qwen3_next":
+        kinds = ["linear_attention", rng.choice(["linear_attention", "full_attention"])]
+        keys = rng.choice([1, 2])
+        values |= {
+            "shared_expert_intermediate_size": 24, "linear_num_key_heads": keys, "linear_conv_kernel_dim": rng.choice([3, 4]),
+            "linear_num_value_heads": keys * rng.choice([1, 2, 3]), "linear_key_head_dim": 8,
+            "linear_value_head_dim": rng.choice([8, 12]), "num_hidden_layers": 3, "layer_types": [*kinds, "full_attention"],
+            "head_dim": 16, "partial_rotary_factor": rng.choice([0.25, 0.5]),
+        }  # fmt: skip
+    if family == "minimax_m2":
+        values |= {"rotary_dim": rng.choice([4, values["head_dim"]])}
     if family.startswith("deepseek"):
         heads = values["num_attention_heads"]
         values |= {
@@ -76,6 +87,7 @@ def random_config(family: str, seed: int) -> Any:
         values |= {"num_nextn_predict_layers": 0}  # transformers writes none
     if family == "deepseek_v2":
         values |= {"topk_method": rng.choice(["greedy", "group_limited_greedy"])}
+    values["rope_parameters"] = dict(values["rope_parameters"])  # the class writes into it
     return getattr(transformers, CONFIGS[family])(**values)
 
 
