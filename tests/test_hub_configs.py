@@ -14,7 +14,7 @@ import torch
 from trivet.config import UserError
 from trivet.hub import FAMILIES, catalog, known_model, known_names, read_config, read_config_file
 from trivet.model.layers import inverse_frequencies
-from trivet.spec import GQA, MLA, Lightning, MoE
+from trivet.spec import GQA, MLA, GatedDeltaNet, Lightning, MoE
 from trivet.spec.pattern import expand_pattern, write_pattern
 
 transformers = pytest.importorskip("transformers")
@@ -198,6 +198,38 @@ def test_minimax_m1_is_read_in_both_spellings() -> None:
     assert m1.spec.pattern == "(lightning/moe/linear*7 gqa/moe/softmax)*10"
     (note,) = read_config(as_file(random_config("minimax", 0)), "config.json").notes
     assert "every dimension" in note
+
+
+def test_minimax_m2_is_read_in_both_spellings() -> None:
+    """The original's words, and those that transformers writes for the same model."""
+    m2, config = known_model("MiniMaxAI/MiniMax-M2"), transformers.MiniMaxM2Config(rotary_dim=64)
+    assert m2 is not None and read_config(as_file(config), "config.json").spec == m2.spec
+    gqa, moe = m2.spec.mixers["gqa"], m2.spec.ffns["moe"]
+    assert isinstance(gqa, GQA) and gqa.rope.dims == 64 and gqa.qk_norm_over == "all"
+    assert isinstance(moe, MoE) and moe.score == "sigmoid" and moe.selection_bias and moe.norm_topk
+    original = catalog()["minimax-m2"]["config"] | {"attn_type_list": [1] * 62, "use_mtp": True, "num_mtp_modules": 3,
+                "mtp_transformer_layers": 1, "shared_intermediate_size": 0}  # fmt: skip
+    described = read_config(original, "config.json")
+    assert described.spec == m2.spec and any("prediction modules" in note for note in described.notes)
+    for change in ({"attn_type_list": [1, 0]}, {"qk_norm_type": "per_head"}, {"use_routing_bias": False}):
+        with pytest.raises(UserError, match="would change the maths"):
+            read_config(original | change, "config.json")
+
+
+def test_qwen3_next_is_three_delta_rules_and_one_gated_attention() -> None:
+    known = known_model("qwen3-next-80b-a3b-thinking")
+    assert known is not None and known.spec.pattern == "(delta/moe*3 gqa/moe)*12" and known.spec.centred_norms
+    gqa, delta = known.spec.mixers["gqa"], known.spec.mixers["delta"]
+    assert isinstance(gqa, GQA) and gqa.rope.dims == 64 and gqa.out_gate
+    assert isinstance(delta, GatedDeltaNet) and (delta.heads, delta.key_heads, delta.conv_width) == (32, 16, 8192)
+    data = catalog()["qwen3-next-80b-a3b"]["config"]
+    for change in (
+        {"layer_types": ["sliding_attention"] * 48},
+        {"mlp_only_layers": [0]},
+        {"num_hidden_layers": 47, "layer_types": ["full_attention"]},
+    ):
+        with pytest.raises(UserError, match="would change the maths"):
+            read_config(data | change, "config.json")
 
 
 def test_v3_has_its_prediction_module_and_v2_its_groups() -> None:

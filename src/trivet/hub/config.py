@@ -58,6 +58,12 @@ class Config:
             said = " or ".join(repr(a) for a in allowed)
             raise UserError(f"{self.where}: {key} = {value!r} would change the maths; only {said} is computed.")
 
+    def quantized(self) -> None:
+        """Says it where weights are not stored as they are computed."""
+        how = self.take("quantization_config", None)
+        if how is not None:
+            self.notes.append(f"weights are stored in {how.get('quant_method', 'a quantized form')}")
+
     def rope(self, dims: int, interleaved: bool = False, part: float | None = None) -> Rope:
         """The rotation, in the words of transformers 5 (`rope_parameters`) or of older files (`rope_scaling`).
 

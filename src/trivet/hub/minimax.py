@@ -60,8 +60,7 @@ def minimax_m2(c: Config) -> ModelSpec:
     if c.take("num_mtp_modules", 0) and c.take("use_mtp", False):
         c.notes.append("the prediction modules that its config counts are not computed")
     c.take("use_mtp", None)
-    if (quantized := c.take("quantization_config", None)) is not None:
-        c.notes.append(f"weights are stored in {quantized.get('quant_method', 'a quantized form')}")
+    c.quantized()
     width = c.take("head_dim", c.take("hidden_size") // c.take("num_attention_heads"))
     gqa = attention(c, rotated=c.take("rotary_dim", width) / width, qk_norm=True, qk_norm_over="all")
     moe = MoE(

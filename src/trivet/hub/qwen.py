@@ -49,6 +49,7 @@ def qwen3_next(c: Config) -> ModelSpec:
     c.only("use_sliding_window", False)
     c.only("hidden_act", "silu")
     c.only("attention_bias", False)
+    c.quantized()
     _every_layer_sparse(c)
     layers, interval = c.take("num_hidden_layers"), c.take("full_attention_interval", 4)
     alternate = ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers)]

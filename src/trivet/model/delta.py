@@ -32,7 +32,7 @@ from trivet.model.cache import DeltaCache
 from trivet.model.layers import Layout, Linear, RMSNorm, exact
 from trivet.spec import GatedDeltaNet
 
-CHUNK = 64  # tokens a chunk: inside it work grows with its square, between chunks with the state
+CHUNK = 32  # tokens a chunk: inside it work grows with its square, between chunks with the state (docs/LOG.md)
 EPS = 1e-6  # of the unit length of queries and keys
 
 
@@ -149,21 +149,23 @@ def chunked(
     reached, stays = (doc == came).unsqueeze(1), (doc == doc[..., -1:]).unsqueeze(1)  # [B,1,n,c]
     sees = (doc.unsqueeze(-1) == doc.unsqueeze(-2)).tril().unsqueeze(1)  # [B,1,n,c,c]
 
-    total = g.cumsum(-1)  # G
-    decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(~sees, float("-inf")).exp()
-    into = (total.exp() * reached).unsqueeze(-1)
+    # G_i - G_j as a sum of what lies between: a difference would lose small decays beside a large one.
+    between = g.unsqueeze(-1).expand(*g.shape, size).tril(-1).cumsum(-2)  # [B,H,n,c,c]
+    decay = between.masked_fill(~sees, float("-inf")).exp()
+    into = (g.cumsum(-1).exp() * reached).unsqueeze(-1)
     keyed = k * beta.unsqueeze(-1)
     right = torch.cat((v * beta.unsqueeze(-1), keyed * into), -1)
     solved = torch.linalg.solve_triangular((keyed @ k.mT) * decay, right, upper=False, unitriangular=True)
     value, read = solved.split((v.shape[-1], k.shape[-1]), -1)  # u = value - read S
     scores = (q @ k.mT) * decay
     query = q * into
-    key = k * ((total[..., -1:] - total).exp() * stays).unsqueeze(-1)
+    key = k * (between[..., -1, :].exp() * stays).unsqueeze(-1)
     kept = into[..., -1:, :]  # [B,H,n,1,1]
 
     outputs = []
-    for i in range(q.shape[2]):
-        u = value[:, :, i] - read[:, :, i] @ state
-        outputs.append(query[:, :, i] @ state + scores[:, :, i] @ u)
-        state = state * kept[:, :, i] + key[:, :, i].mT @ u
+    parts = (x.unbind(2) for x in (value, read, query, scores, key, kept))  # one by one, backward would fill T^2 zeros
+    for value_n, read_n, query_n, scores_n, key_n, kept_n in zip(*parts, strict=True):
+        u = value_n - read_n @ state
+        outputs.append(query_n @ state + scores_n @ u)
+        state = state * kept_n + key_n.mT @ u
     return torch.cat(outputs, 2)[:, :, :length], state
