@@ -196,7 +196,7 @@ def test_a_thought_that_ends_at_the_budget_was_not_cut() -> None:
 
 
 # ------------------------------------------------------------------------------------ what comes along
-@pytest.mark.parametrize("pattern", ["gqa/moe mla/grouped", "lightning/moe gqa/moe"])
+@pytest.mark.parametrize("pattern", ["gqa/moe mla/grouped", "lightning/moe gqa/moe", "delta/moe gqa/moe"])
 def test_logprobs_and_experts_are_those_of_the_training_pass(pattern: str) -> None:
     model = tags_often(pattern)
     asked = requests(8, temperature=1.0, top_p=1.0, top_k=0)
@@ -215,7 +215,7 @@ def test_logprobs_and_experts_are_those_of_the_training_pass(pattern: str) -> No
 
 
 def test_a_group_computes_its_prompt_once() -> None:
-    model = tags_often("gqa/dense lightning/dense")
+    model = tags_often("gqa/dense lightning/dense delta/dense")
     prompt = tuple(CHAT.render([Message("user", "8?1?7?5=9")], generate=True).ids)
     group = [Request(prompt, Sampling(temperature=1.0, seed=s, max_tokens=20)) for s in range(6)]
     engine = Engine(model, CHAT, 6, SLOTS)

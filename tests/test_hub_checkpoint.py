@@ -29,6 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*every dimension of a head is r
 def peer(family: str, seed: int, folder: Path) -> Any:
     """transformers' model with random weights, saved in several shards."""
     config = random_config(family, seed)
+    torch.manual_seed(seed)  # some vectors are drawn there
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     randomise(model, seed)
     model.save_pretrained(folder, max_shard_size="100KB")
@@ -60,8 +61,10 @@ def test_logits_decoding_and_gradients(family: str, seed: int, tmp_path: Path) -
     for logits in (want, got):
         F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     expected = gradients(theirs, ours)
+    # Theirs in chunks and theirs token by token are 4e-4 apart: a norm a head enlarges what is almost zero.
+    tolerance = 1e-3 if family == "qwen3_next" else 2e-4
     for name, p in ours.named_parameters():
-        assert p.grad is not None and gap(p.grad, expected[name]) < 2e-4, name
+        assert p.grad is not None and gap(p.grad, expected[name]) < tolerance, name
     with torch.no_grad():
         ours.layers[-1].mixer.o_proj.weight *= 1.01  # type: ignore[union-attr]
     assert gap(ours.logits(ours(tokens)), want) > 2e-4  # the twin
@@ -130,6 +133,68 @@ def test_the_prediction_module_is_read(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="should be a copy of 'model.embed_tokens.weight' and differs"):
+        load_checkpoint(tmp_path)
+
+
+def test_qwen3_nexts_prediction_module_is_read_where_it_is_stored(tmp_path: Path) -> None:
+    """Its config has no word for it, and transformers drops it; made here of transformers' own layers."""
+    theirs = peer("qwen3_next", 1, tmp_path)
+    code = transformers.models.qwen3_next.modeling_qwen3_next
+    config, tensors = theirs.config, everything(tmp_path)
+    d, last = config.hidden_size, config.num_hidden_layers - 1
+    assert config.layer_types[last] == "full_attention"
+    layer = code.Qwen3NextDecoderLayer(config, last).eval()
+    norms = [code.Qwen3NextRMSNorm(d, eps=config.rms_norm_eps) for _ in range(3)]
+    fc = torch.nn.Linear(2 * d, d, bias=False)
+    for seed, module in enumerate((layer, *norms, fc), 5):
+        randomise(module, seed)
+    names = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm", "fc")
+    extra = {f"mtp.{n}.weight": m.weight.detach() for n, m in zip(names, (*norms, fc), strict=True)}
+    for name, t in layer.state_dict().items():  # experts are stored one by one
+        part = name.rpartition(".")[2]
+        if part == "gate_up_proj":
+            for e, (gate, up) in enumerate(w.chunk(2) for w in t):
+                extra[f"mtp.layers.0.mlp.experts.{e}.gate_proj.weight"] = gate.clone()
+                extra[f"mtp.layers.0.mlp.experts.{e}.up_proj.weight"] = up.clone()
+        elif part == "down_proj":
+            extra |= {f"mtp.layers.0.mlp.experts.{e}.down_proj.weight": w.clone() for e, w in enumerate(t)}
+        else:
+            extra[f"mtp.layers.0.{name}"] = t
+    for file in tmp_path.glob("*.safetensors*"):
+        file.unlink()
+    save_file(tensors | extra, tmp_path / "model.safetensors")
+    ours = load_checkpoint(tmp_path)
+    assert ours.spec.mtp == 1
+    tokens = tokens_of(ours, 2, 30)
+    hidden = theirs.model(tokens, use_cache=False).last_hidden_state
+    (got,) = ours.mtp_hidden(ours(tokens), tokens)
+
+    def by_hand(order: int) -> Tensor:
+        pair = [norms[0](theirs.model.embed_tokens(tokens[:, 1:])), norms[1](hidden[:, :-1])][::order]
+        at = torch.arange(29)[None]
+        rotation = theirs.model.rotary_emb(pair[0], at)
+        mask = torch.full((29, 29), -1e30).triu(1)[None, None]
+        return norms[2](layer(fc(torch.cat(pair, -1)), rotation, attention_mask=mask, position_ids=at))
+
+    assert gap(got[:, :-1], by_hand(1)) < 1e-4
+    assert gap(got[:, :-1], by_hand(-1)) > 0.1  # the twin: the embedding comes first
+    (tmp_path / "back").mkdir()
+    save_checkpoint(ours, tmp_path / "back", json.loads((tmp_path / "config.json").read_text()))
+    back = everything(tmp_path / "back")
+    assert back.keys() == (tensors | extra).keys()
+    assert all(torch.equal(t, back[name]) for name, t in (tensors | extra).items())
+    save_file(tensors | {k: t for k, t in extra.items() if k != "mtp.fc.weight"}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="lacks the tensor 'mtp.fc.weight'"):
+        load_checkpoint(tmp_path)
+
+
+def test_parts_of_a_joint_tensor_must_fit(tmp_path: Path) -> None:
+    peer("qwen3_next", 0, tmp_path)
+    tensors, name = everything(tmp_path), "model.layers.0.linear_attn.in_proj_qkvz.weight"
+    for file in tmp_path.glob("*.safetensors*"):
+        file.unlink()
+    save_file(tensors | {name: torch.cat((tensors[name], tensors[name]))}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="in_proj_qkvz.weight' has shape"):
         load_checkpoint(tmp_path)
 
 

@@ -14,14 +14,14 @@ import torch
 from trivet.config import UserError
 from trivet.hub import FAMILIES, catalog, known_model, known_names, read_config, read_config_file
 from trivet.model.layers import inverse_frequencies
-from trivet.spec import GQA, MLA, Lightning, MoE
+from trivet.spec import GQA, MLA, GatedDeltaNet, Lightning, MoE
 from trivet.spec.pattern import expand_pattern, write_pattern
 
 transformers = pytest.importorskip("transformers")
 CONFIGS = {
     "llama": "LlamaConfig", "mixtral": "MixtralConfig", "qwen2": "Qwen2Config", "qwen2_moe": "Qwen2MoeConfig",
     "qwen3": "Qwen3Config", "qwen3_moe": "Qwen3MoeConfig", "deepseek_v2": "DeepseekV2Config",
-    "deepseek_v3": "DeepseekV3Config", "minimax": "MiniMaxConfig",
+    "deepseek_v3": "DeepseekV3Config", "minimax": "MiniMaxConfig", "qwen3_next": "Qwen3NextConfig", "minimax_m2": "MiniMaxM2Config",
 }  # fmt: skip
 YARN = {
     "rope_type": "yarn",
@@ -52,17 +52,28 @@ def random_config(family: str, seed: int) -> Any:
     if family == "qwen2":
         values |= {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32, "head_dim": 8}
     experts, top = rng.choice([6, 8]), rng.randrange(2, 4)  # of one expert with norm_topk the weight is always 1
-    if family in ("mixtral", "minimax"):
+    if family in ("mixtral", "minimax", "minimax_m2"):
         values |= {"num_local_experts": experts, "num_experts_per_tok": top}
     if family == "minimax":
         values |= {"rope_parameters": PLAIN, "full_attn_alpha_factor": 1.3, "linear_attn_beta_factor": 0.7,
                    "layer_types": None}  # fmt: skip
-    if family in ("qwen2_moe", "qwen3_moe"):
+    if family in ("qwen2_moe", "qwen3_moe", "qwen3_next"):
         values |= {"num_experts": experts, "num_experts_per_tok": top, "moe_intermediate_size": 16,
                    "norm_topk_prob": rng.random() < 0.5}  # fmt: skip
     if family == "qwen2_moe":
         values |= {"shared_expert_intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2,
                    "hidden_size": 32, "head_dim": 8}  # fmt: skip
+    if family == "qwen3_next":
+        kinds = ["linear_attention", rng.choice(["linear_attention", "full_attention"])]
+        keys = rng.choice([1, 2])
+        values |= {
+            "shared_expert_intermediate_size": 24, "linear_num_key_heads": keys, "linear_conv_kernel_dim": rng.choice([3, 4]),
+            "linear_num_value_heads": keys * rng.choice([1, 2, 3]), "linear_key_head_dim": 8,
+            "linear_value_head_dim": rng.choice([8, 12]), "num_hidden_layers": 3, "layer_types": [*kinds, "full_attention"],
+            "head_dim": 16, "partial_rotary_factor": rng.choice([0.25, 0.5]),
+        }  # fmt: skip
+    if family == "minimax_m2":
+        values |= {"rotary_dim": rng.choice([4, values["head_dim"]])}
     if family.startswith("deepseek"):
         heads = values["num_attention_heads"]
         values |= {
@@ -76,6 +87,7 @@ def random_config(family: str, seed: int) -> Any:
         values |= {"num_nextn_predict_layers": 0}  # transformers writes none
     if family == "deepseek_v2":
         values |= {"topk_method": rng.choice(["greedy", "group_limited_greedy"])}
+    values["rope_parameters"] = dict(values["rope_parameters"])  # the class writes into it
     return getattr(transformers, CONFIGS[family])(**values)
 
 
@@ -186,6 +198,38 @@ def test_minimax_m1_is_read_in_both_spellings() -> None:
     assert m1.spec.pattern == "(lightning/moe/linear*7 gqa/moe/softmax)*10"
     (note,) = read_config(as_file(random_config("minimax", 0)), "config.json").notes
     assert "every dimension" in note
+
+
+def test_minimax_m2_is_read_in_both_spellings() -> None:
+    """The original's words, and those that transformers writes for the same model."""
+    m2, config = known_model("MiniMaxAI/MiniMax-M2"), transformers.MiniMaxM2Config(rotary_dim=64)
+    assert m2 is not None and read_config(as_file(config), "config.json").spec == m2.spec
+    gqa, moe = m2.spec.mixers["gqa"], m2.spec.ffns["moe"]
+    assert isinstance(gqa, GQA) and gqa.rope.dims == 64 and gqa.qk_norm_over == "all"
+    assert isinstance(moe, MoE) and moe.score == "sigmoid" and moe.selection_bias and moe.norm_topk
+    original = catalog()["minimax-m2"]["config"] | {"attn_type_list": [1] * 62, "use_mtp": True, "num_mtp_modules": 3,
+                "mtp_transformer_layers": 1, "shared_intermediate_size": 0}  # fmt: skip
+    described = read_config(original, "config.json")
+    assert described.spec == m2.spec and any("prediction modules" in note for note in described.notes)
+    for change in ({"attn_type_list": [1, 0]}, {"qk_norm_type": "per_head"}, {"use_routing_bias": False}):
+        with pytest.raises(UserError, match="would change the maths"):
+            read_config(original | change, "config.json")
+
+
+def test_qwen3_next_is_three_delta_rules_and_one_gated_attention() -> None:
+    known = known_model("qwen3-next-80b-a3b-thinking")
+    assert known is not None and known.spec.pattern == "(delta/moe*3 gqa/moe)*12" and known.spec.centred_norms
+    gqa, delta = known.spec.mixers["gqa"], known.spec.mixers["delta"]
+    assert isinstance(gqa, GQA) and gqa.rope.dims == 64 and gqa.out_gate
+    assert isinstance(delta, GatedDeltaNet) and (delta.heads, delta.key_heads, delta.conv_width) == (32, 16, 8192)
+    data = catalog()["qwen3-next-80b-a3b"]["config"]
+    for change in (
+        {"layer_types": ["sliding_attention"] * 48},
+        {"mlp_only_layers": [0]},
+        {"num_hidden_layers": 47, "layer_types": ["full_attention"]},
+    ):
+        with pytest.raises(UserError, match="would change the maths"):
+            read_config(data | change, "config.json")
 
 
 def test_v3_has_its_prediction_module_and_v2_its_groups() -> None:

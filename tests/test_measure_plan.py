@@ -17,7 +17,7 @@ from trivet.hub import known_model, known_names
 from trivet.measure.plan import Question, devices, find_model, on_device, price, step_seconds, training_state_bytes
 from trivet.measure.plan_show import show
 from trivet.model import Transformer
-from trivet.spec import GQA, MLA, Lightning, ModelSpec, MoE, Rope, SwiGLU
+from trivet.spec import GQA, MLA, GatedDeltaNet, Lightning, ModelSpec, MoE, Rope, SwiGLU
 from trivet.train.optim import Optimizer
 
 DOC = Path(__file__).parent.parent / "docs" / "PLAN.md"
@@ -43,6 +43,16 @@ def routers(name: str) -> int:
 
 def cache(name: str) -> int:
     return spec(name).cache_bytes_per_token()
+
+
+def stored(name: str) -> int:
+    """Numbers in a checkpoint whose layers' products are in FP8: a scale for each block of 128 x 128 comes along."""
+    scales, d = 0, spec(name).d_model
+    for layer in spec(name).layers:
+        assert isinstance(layer.mixer, GQA) and isinstance(layer.ffn, MoE)
+        q, kv = (n * layer.mixer.head_dim for n in (layer.mixer.heads, layer.mixer.kv_heads))
+        scales += (2 * d * q + 2 * d * kv + 3 * d * layer.ffn.experts * layer.ffn.hidden) // 128**2
+    return total(name) + scales
 
 
 def work(tokens: int, absorbed: bool) -> float:
@@ -90,6 +100,15 @@ ROWS: list[tuple[str, str, str, str]] = [
       for size, said in QWEN3.items()],
     ("Qwen3-30B-A3B, active a token", "3.3B", f"{spec('qwen3-30b-a3b').active_params():,}", "Qwen3 report"),
     ("Qwen3-235B-A22B, active a token", "22B", f"{spec('qwen3-235b-a22b').active_params():,}", "Qwen3 report"),
+    ("Qwen3-Next-80B-A3B, parameters", "80B", f"{total('qwen3-next-80b-a3b'):,}", "its model card; without the prediction module"),
+    ("… without vocabulary tables", "79B", f"{total('qwen3-next-80b-a3b') - tables('qwen3-next-80b-a3b'):,}", "its model card"),
+    ("… active a token", "", f"{spec('qwen3-next-80b-a3b').active_params():,}", "its model card says 3B; 3.25B without vocabulary tables"),
+    ("… cache a token, bf16", "", f"{cache('qwen3-next-80b-a3b'):,} B", "twelve softmax layers"),
+    ("… and a state, numbers a sequence", "", f"{spec('qwen3-next-80b-a3b').state_bytes(1):,}", "thirty-six delta rules and their convolutions"),
+    ("MiniMax-M2, parameters", "230B", f"{total('minimax-m2'):,}", "its model card"),
+    ("… numbers in its checkpoint", "228,703,644,928", f"{stored('minimax-m2'):,}", "Hugging Face's count of its safetensors: scales of FP8 blocks included"),
+    ("… active a token", "10B", f"{spec('minimax-m2').active_params() - tables('minimax-m2'):,}", "its model card; neither vocabulary table counted"),
+    ("… cache a token, bf16", "", f"{cache('minimax-m2'):,} B", ""),
     ("Qwen2.5-72B, cache a token, bf16", "327.680 KB", f"{cache('qwen2.5-72b'):,} B", "arXiv 2505.09343, table 1"),
     ("Mixtral 8x7B, parameters", "46.7B", f"{total('mixtral-8x7b'):,}", "its model card"),
 ]  # fmt: skip
@@ -139,11 +158,12 @@ def test_m1_against_r1_by_the_papers_formula() -> None:
 
 # --------------------------------------------------------------------------------------- arithmetic
 SMALL = ModelSpec(
-    vocab_size=100, d_model=32, pattern="mla/moe gqa/dense window/moe lightning/dense", mtp=1, tie_embeddings=False,
+    vocab_size=100, d_model=32, pattern="mla/moe gqa/dense window/moe lightning/dense delta/dense", mtp=1, tie_embeddings=False,
     mixers={"mla": MLA(heads=2, kv_rank=8, nope_dim=4, v_dim=8, rope=Rope(dims=4)),
             "gqa": GQA(heads=4, kv_heads=2, head_dim=8, rope=Rope(dims=8), qk_norm=True),
             "window": GQA(heads=4, kv_heads=2, head_dim=8, rope=Rope(dims=8), window=5),
-            "lightning": Lightning(heads=2, head_dim=8)},
+            "lightning": Lightning(heads=2, head_dim=8),
+            "delta": GatedDeltaNet(heads=4, key_heads=2, key_dim=8, value_dim=8)},
     ffns={"moe": MoE(experts=8, top_k=2, hidden=16, shared_hidden=8, shared_gate=True), "dense": SwiGLU(hidden=24)},
 )  # fmt: skip
 

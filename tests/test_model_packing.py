@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from test_model_zoo import PATTERNS, gap, next_token_loss, noisy, spec_of, tokens_of
-from trivet.model import Transformer, ffn, layers, linear
+from trivet.model import Transformer, delta, ffn, layers, linear
 from trivet.model.packed import Apart
 
 ROWS = [[5, 9, 1, 7], [4, 4, 11]]  # document lengths; the second row ends in padding
@@ -17,7 +17,8 @@ ROWS = [[5, 9, 1, 7], [4, 4, 11]]  # document lengths; the second row ends in pa
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(linear, "CHUNK", 4)
+    for room in (linear, delta):
+        monkeypatch.setattr(room, "CHUNK", 4)
     monkeypatch.setattr(ffn, "NEEDLESS", {})  # the form that training takes
     yield
 

@@ -18,7 +18,7 @@ from trivet.model import Transformer
 from trivet.rl.learner import TIMES, RLConfig, _Run, learn
 from trivet.rl.rollout import Job, draw_problems, play
 from trivet.rl.update import pack
-from trivet.spec import GQA, MLA, Lightning, ModelSpec, MoE, Rope, SwiGLU
+from trivet.spec import GQA, MLA, GatedDeltaNet, Lightning, ModelSpec, MoE, Rope, SwiGLU
 from trivet.tasks import Problem
 from trivet.tasks.base import Demo
 
@@ -28,6 +28,7 @@ MIXERS = {
     "gqa": GQA(heads=2, kv_heads=1, head_dim=8, rope=ROPE, qk_norm=True),
     "mla": MLA(heads=2, kv_rank=8, nope_dim=4, v_dim=8, rope=ROPE),
     "lightning": Lightning(heads=2, head_dim=8),
+    "delta": GatedDeltaNet(heads=2, key_heads=1, key_dim=8, value_dim=8),
 }
 FFNS = {"dense": SwiGLU(hidden=16), "moe": MoE(experts=4, top_k=2, hidden=8, shared_hidden=8)}
 
@@ -96,7 +97,8 @@ def test_it_learns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", ["gqa/dense*2", "mla/dense*2", "lightning/dense*2", "gqa/moe mla/moe lightning/moe"]
+    "pattern",
+    ["gqa/dense*2", "mla/dense*2", "lightning/dense*2", "delta/dense*2", "gqa/moe mla/moe lightning/moe delta/moe"],
 )
 def test_first_ratio_is_one_and_engine_and_trainer_agree(pattern: str, tmp_path: Path) -> None:
     last = learn(make(pattern, noise=0.3), CHAT, [(Calls(), 1.0)], config(problems=8), tmp_path)

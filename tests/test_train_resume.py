@@ -29,7 +29,7 @@ import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
 from trivet.model import Transformer
-from trivet.spec import GQA, Lightning, MoE, ModelSpec, Rope
+from trivet.spec import GQA, GatedDeltaNet, Lightning, MoE, ModelSpec, Rope
 from trivet.train.data import Document, Mixture, TextDocuments, stable_hash
 from trivet.train.trainer import Interrupted, TrainConfig, train
 
@@ -43,8 +43,9 @@ class Counting:
         return Document([(start + i) % 23 for i in range(n)], [False] + [True] * (n - 1))
 
 SPEC = ModelSpec(
-    vocab_size=23, d_model=16, pattern="lightning/moe gqa/moe", mtp=1,
+    vocab_size=23, d_model=16, pattern="lightning/moe delta/moe gqa/moe", mtp=1,
     mixers={"lightning": Lightning(heads=2, head_dim=8),
+            "delta": GatedDeltaNet(heads=2, key_heads=1, key_dim=8, value_dim=8),
             "gqa": GQA(heads=2, kv_heads=1, head_dim=8, rope=Rope(dims=8))},
     ffns={"moe": MoE(experts=4, top_k=2, hidden=8, shared_hidden=8, balance=0.01)},
 )

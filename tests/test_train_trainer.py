@@ -19,7 +19,7 @@ from test_model_zoo import noisy
 from trivet.config import UserError
 from trivet.disk import Journal
 from trivet.model import Transformer
-from trivet.spec import GQA, MLA, Lightning, ModelSpec, MoE, Rope, SwiGLU
+from trivet.spec import GQA, MLA, GatedDeltaNet, Lightning, ModelSpec, MoE, Rope, SwiGLU
 from trivet.train.data import Batch, Document, lay_out, stable_hash
 from trivet.train.trainer import Interrupted, TrainConfig, backward, measure_peak, train
 
@@ -151,9 +151,10 @@ def test_it_learns_and_says_what_it_did(tmp_path: Path) -> None:
     assert not torch.equal(model.layers[0].ffn.bias, first)  # type: ignore[union-attr,arg-type]
 
 
-@pytest.mark.parametrize("pattern", ["mla/moe*2", "lightning/moe gqa/dense"])
+@pytest.mark.parametrize("pattern", ["mla/moe*2", "lightning/moe gqa/dense", "delta/moe gqa/dense"])
 def test_bf16_products_leave_weights_routers_and_losses_in_fp32(pattern: str) -> None:
     mixers = {**SPEC.mixers, "lightning": Lightning(heads=2, head_dim=8),
+              "delta": GatedDeltaNet(heads=2, key_heads=1, key_dim=8, value_dim=8),
               "gqa": GQA(heads=2, kv_heads=1, head_dim=8, rope=Rope(dims=4), qk_norm=True)}  # fmt: skip
     ffns = {**SPEC.ffns, "dense": SwiGLU(hidden=24)}
     spec = SPEC.model_copy(update={"pattern": pattern, "mixers": mixers, "ffns": ffns})

@@ -30,11 +30,13 @@ FAMILIES: dict[str, Callable[[Config], ModelSpec]] = {
     "qwen2_moe": qwen.qwen2_moe,
     "qwen3": qwen.qwen3,
     "qwen3_moe": qwen.qwen3_moe,
+    "qwen3_next": qwen.qwen3_next,
     "deepseek_v2": deepseek.deepseek_v2,
     "deepseek_v3": deepseek.deepseek_v3,
     "minimax_m1": minimax.minimax,
     "minimax_text_01": minimax.minimax,
     "minimax": minimax.transformers_minimax,
+    "minimax_m2": minimax.minimax_m2,
 }
 
 

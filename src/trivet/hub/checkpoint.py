@@ -22,9 +22,10 @@ from torch import Tensor
 from trivet.chat import Chat
 from trivet.config import UserError
 from trivet.hub import read_config_file
-from trivet.hub.names import FAMILY_NAMES, Slot, shared_copies, slots
+from trivet.hub.names import FAMILY_NAMES, Names, Slot, shared_copies, slots
 from trivet.model import Transformer
 from trivet.model.io import load_model, save_tensors
+from trivet.spec import ModelSpec
 
 INDEX = "model.safetensors.index.json"
 BLOCK = 128  # of an FP8 scale
@@ -46,16 +47,14 @@ def load_checkpoint(
         warnings.warn(f"{directory}: {note}.", stacklevel=2)
     spec = described.spec
     family = json.loads(config.read_text())["model_type"]
-    shards = Shards(directory)
-    if spec.mtp and not any(name.startswith(f"model.layers.{len(spec.layers)}.") for name in shards.files):
-        warnings.warn(f"{directory}: its config counts a prediction module, but none is stored.", stacklevel=2)
-        spec = spec.model_copy(update={"mtp": 0})
+    shards, names = Shards(directory), FAMILY_NAMES[family]
+    spec = _with_stored_modules(spec, names, shards)
     with torch.device("meta"):
         model = Transformer(spec, seed=None)
     shapes = model.state_dict()
     exact = {name for name, _ in model.named_buffers()}  # stay fp32
     wanted: dict[str, list[Slot]] = defaultdict(list)
-    for slot in slots(spec, FAMILY_NAMES[family]):
+    for slot in slots(spec, names):
         wanted[slot.theirs].append(slot)
     copies = shared_copies(spec)
     kept: dict[str, Tensor] = {}  # copies seen, until what they must equal is there
@@ -81,15 +80,25 @@ def load_checkpoint(
                 )
             place.copy_(part)
     if wanted:
-        names = sorted(wanted)
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        raise UserError(f"{directory} lacks the tensor {names[0]!r}{more}.")
+        lost = sorted(wanted)
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise UserError(f"{directory} lacks the tensor {lost[0]!r}{more}.")
     for name, tensor in kept.items():
         table = ours["embed" if spec.tie_embeddings or copies[name].endswith("embed_tokens.weight") else "head"]
         if not torch.equal(tensor.to(table), table):
             raise UserError(f"{directory}: {name!r} should be a copy of {copies[name]!r} and differs from it.")
     model.load_state_dict(ours, assign=True)
     return model.to(device)
+
+
+def _with_stored_modules(spec: ModelSpec, names: Names, shards: Shards) -> ModelSpec:
+    """The spec with the prediction modules that are there: some files count what they lack, or have what none counts."""
+    stored = any(name.startswith(names.module(spec, 0)) for name in shards.files)
+    if spec.mtp and not stored:
+        where = shards.directory
+        warnings.warn(f"{where}: its config counts a prediction module, but none is stored.", stacklevel=3)
+        return spec.model_copy(update={"mtp": 0})
+    return spec.model_copy(update={"mtp": 1}) if stored and not names.mtp_counted else spec
 
 
 def load_any(directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Transformer:
@@ -145,19 +154,19 @@ def save_checkpoint(model: Transformer, directory: Path, config: dict[str, Any],
 
 
 def _part(tensor: Tensor, slot: Slot) -> Tensor:
-    if slot.view:
-        tensor = tensor.unflatten(0, (*slot.view, -1))[:, slot.pick].flatten(0, 1)
+    if slot.groups and len(tensor) == slot.groups * sum(slot.sizes):  # else its shape is found wrong
+        tensor = tensor.unflatten(0, (slot.groups, -1)).split(slot.sizes, 1)[slot.pick].flatten(0, 1)
     return tensor.mT if slot.transposed else tensor
 
 
 def _joined(state: dict[str, Tensor], parts: list[Slot]) -> Tensor:
     """The inverse of `_part`, over all slots of one of their tensors."""
     first = parts[0]
-    if not first.view:
+    if not first.groups:
         part = state[first.ours][first.at]
         return part.mT if first.transposed else part
-    ordered = sorted(parts, key=lambda s: s.pick or 0)
-    return torch.stack([state[s.ours].unflatten(0, (s.view[0], -1)) for s in ordered], 1).flatten(0, 2)
+    ordered = sorted(parts, key=lambda s: s.pick)
+    return torch.cat([state[s.ours].unflatten(0, (s.groups, -1)) for s in ordered], 1).flatten(0, 1)
 
 
 def _ignored(name: str, layers: int, mtp: int) -> bool:

@@ -58,8 +58,17 @@ class Config:
             said = " or ".join(repr(a) for a in allowed)
             raise UserError(f"{self.where}: {key} = {value!r} would change the maths; only {said} is computed.")
 
-    def rope(self, dims: int, interleaved: bool = False) -> Rope:
-        """The rotation, in the words of transformers 5 (`rope_parameters`) or of older files (`rope_scaling`)."""
+    def quantized(self) -> None:
+        """Says it where weights are not stored as they are computed."""
+        how = self.take("quantization_config", None)
+        if how is not None:
+            self.notes.append(f"weights are stored in {how.get('quant_method', 'a quantized form')}")
+
+    def rope(self, dims: int, interleaved: bool = False, part: float | None = None) -> Rope:
+        """The rotation, in the words of transformers 5 (`rope_parameters`) or of older files (`rope_scaling`).
+
+        `part`: the family rotates this part of `dims` unless the file names another; None: all, and a part is refused.
+        """
         rules = dict(self.take("rope_parameters", None) or self.take("rope_scaling", None) or {})
         for key in ("rope_parameters", "rope_scaling"):
             self.read.add(key)
@@ -85,7 +94,12 @@ class Config:
             )  # fmt: skip
         elif kind != "default":
             raise UserError(f"{self.where}: rope type {kind!r} is not computed; there are default, yarn and llama3.")
-        inner.only("partial_rotary_factor", 1.0)
+        if part is None:
+            self.only("partial_rotary_factor", 1.0)
+            inner.only("partial_rotary_factor", 1.0)
+        else:
+            turned = dims * inner.take("partial_rotary_factor", self.take("partial_rotary_factor", part))
+            dims = int(turned + 1e-6)  # a third of 192 is 64
         inner.finish()
         return Rope(dims=dims, theta=theta, interleaved=interleaved, **scaling)
 

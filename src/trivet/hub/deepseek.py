@@ -21,9 +21,7 @@ def deepseek_v2(c: Config) -> ModelSpec:
 def deepseek_v3(c: Config) -> ModelSpec:
     c.only("topk_method", "noaux_tc")
     c.only("scoring_func", "sigmoid")
-    quantized = c.take("quantization_config", None)
-    if quantized is not None:
-        c.notes.append(f"weights are stored in {quantized.get('quant_method', 'a quantized form')}")
+    c.quantized()
     moe = _moe(c, "sigmoid", c.take("norm_topk_prob", True), c.take("n_group", 1), c.take("topk_group", 1))
     return _model(c, moe, mtp=c.take("num_nextn_predict_layers", 0))
 

@@ -23,13 +23,13 @@ def mixtral(c: Config) -> ModelSpec:
     return decoder(c, attention(c), moe)
 
 
-def attention(c: Config, **traits: Any) -> GQA:
-    """Grouped-query attention as nearly every family writes it."""
+def attention(c: Config, rotated: float | None = None, **traits: Any) -> GQA:
+    """Grouped-query attention as nearly every family writes it. rotated: the part of a head that some turn."""
     heads = c.take("num_attention_heads")
     head_dim = c.take("head_dim", c.take("hidden_size") // heads)
-    c.only("partial_rotary_factor", 1.0)
     return GQA(
-        heads=heads, kv_heads=c.take("num_key_value_heads", heads), head_dim=head_dim, rope=c.rope(head_dim), **traits
+        heads=heads, kv_heads=c.take("num_key_value_heads", heads), head_dim=head_dim,
+        rope=c.rope(head_dim, part=rotated), **traits,
     )  # fmt: skip
 
 

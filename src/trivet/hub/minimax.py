@@ -1,4 +1,4 @@
-"""MiniMax-Text-01 and M1: seven lightning layers, then one of softmax attention, in DeepNorm-like post-norm.
+"""MiniMax-Text-01 and M1: seven lightning layers, then one of softmax attention, in DeepNorm-like post-norm. M2: plain.
 
 Two spellings: the original remote code's (`attn_type_list`, `postnorm`, `layernorm_*_alpha`), which
 rotates `rotary_dim` of the head, and transformers' `minimax` (`layer_types`, `*_attn_alpha_factor`), which
@@ -8,7 +8,7 @@ knows no `rotary_dim` and rotates the whole head.
 from __future__ import annotations
 
 from trivet.hub.config import Config
-from trivet.hub.llama import attention
+from trivet.hub.llama import attention, decoder
 from trivet.spec import Lightning, ModelSpec, MoE, PostNorm, Residual
 from trivet.spec.pattern import write_pattern
 
@@ -39,6 +39,35 @@ def transformers_minimax(c: Config) -> ModelSpec:
     c.take("block_size", None)  # how the linear form is cut, not what it computes
     c.notes.append("transformers' spelling: every dimension of a head is rotated, as that code does")
     return _model(c, [kind == "full_attention" for kind in kinds], None, scale)
+
+
+def minimax_m2(c: Config) -> ModelSpec:
+    """Softmax attention everywhere, and V3's routing: the original's keys, and those that transformers writes."""
+    c.only("scoring_func", "sigmoid")
+    c.only("use_routing_bias", True)
+    c.only("use_qk_norm", True)
+    c.only("qk_norm_type", "per_layer")
+    c.only("shared_intermediate_size", 0)
+    c.only("sliding_window", None)
+    c.only("attention_bias", False)
+    if any(kind != 1 for kind in c.take("attn_type_list", [])):
+        c.only("attn_type_list", None)
+    for place in PLACES:
+        c.only(f"layernorm_{place}_alpha", 1.0)
+        c.only(f"layernorm_{place}_beta", 1.0)
+    for unused in ("shared_moe_mode", "mlp_intermediate_size", "mtp_transformer_layers"):
+        c.take(unused, None)  # of parts that it does not have
+    if c.take("num_mtp_modules", 0) and c.take("use_mtp", False):
+        c.notes.append("the prediction modules that its config counts are not computed")
+    c.take("use_mtp", None)
+    c.quantized()
+    width = c.take("head_dim", c.take("hidden_size") // c.take("num_attention_heads"))
+    gqa = attention(c, rotated=c.take("rotary_dim", width) / width, qk_norm=True, qk_norm_over="all")
+    moe = MoE(
+        experts=c.either("num_local_experts", "num_experts"), top_k=c.take("num_experts_per_tok"),
+        hidden=c.take("intermediate_size"),
+    )  # fmt: skip
+    return decoder(c, gqa, moe)
 
 
 def _model(c: Config, softmax: list[bool], rotated: int | None, scale: dict[str, tuple[float, float]]) -> ModelSpec:

@@ -1,7 +1,7 @@
 """Whose tensor is which: every tensor of a checkpoint as a part of ours, both ways.
 
-A `Slot` says: the part `pick` of the checkpoint's tensor, seen as `view` where its rows are interleaved,
-is the part `at` of our tensor, transposed or not. Parts are disjoint and cover both sides, so the same
+A `Slot` says: the part `pick` of the checkpoint's tensor, of rows that lie in groups of `sizes` where
+several matrices are interleaved, is the part `at` of our tensor, transposed or not. Parts are disjoint and cover both sides, so the same
 list loads a checkpoint and writes one. A family is a `Names`: what differs between them.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from trivet.spec import MLA, LayerSpec, Lightning, ModelSpec, MoE
+from trivet.spec import GQA, MLA, GatedDeltaNet, LayerSpec, Lightning, Mixer, ModelSpec, MoE
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,9 @@ class Slot:
     ours: str
     at: tuple[int, ...] = ()  # leading indices of our tensor
     transposed: bool = False
-    view: tuple[int, ...] = ()  # leading dimensions that theirs unflattens into
-    pick: int | None = None  # which entry of the second of these dimensions
+    groups: int = 0  # that the rows of theirs are made of: a head, or several that belong together
+    sizes: tuple[int, ...] = ()  # rows of each part of a group
+    pick: int = 0  # which of these parts
 
 
 ATTENTION = {f"{p}_proj.{kind}": f"self_attn.{p}_proj.{kind}" for p in "qkv" for kind in ("weight", "bias")} | {
@@ -42,6 +43,14 @@ class Names:
     expert_parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     shared: str = "mlp.shared_experts"
     shared_gate: str = "mlp.shared_expert_gate.weight"
+    mtp: str = "model.layers.{n}."  # a prediction module: one more layer, as in DeepSeek-V3's README_WEIGHTS
+    mtp_counted: bool = True  # by the config; False: what is stored is there
+    mtp_layer: str = ""  # what its layer's own tensors begin with
+    mtp_parts: tuple[str, str, str, str] = ("enorm", "hnorm", "eh_proj", "shared_head.norm")
+
+    def module(self, spec: ModelSpec, k: int) -> str:
+        """What the names of the k-th prediction module's tensors begin with."""
+        return self.mtp.format(n=len(spec.layers) + k)
 
 
 LATENT = {
@@ -61,6 +70,13 @@ LIGHTNING = {
     "norm.weight": "self_attn.norm.weight",
     "o_proj.weight": "self_attn.out_proj.weight",
 }
+DELTA = {
+    "conv": "linear_attn.conv1d.weight",
+    "A_log": "linear_attn.A_log",
+    "dt_bias": "linear_attn.dt_bias",
+    "norm.weight": "linear_attn.norm.weight",
+    "o_proj.weight": "linear_attn.out_proj.weight",
+}
 MIXTRAL = Names(
     router="block_sparse_moe.gate.weight", expert="block_sparse_moe.experts.{e}", expert_parts=("w1", "w3", "w2")
 )  # fmt: skip
@@ -70,13 +86,18 @@ FAMILY_NAMES = {
     "qwen3": Names(),
     "qwen3_moe": Names(),
     "qwen2_moe": replace(Names(), shared="mlp.shared_expert"),
+    "qwen3_next": Names(
+        shared="mlp.shared_expert", mtp="mtp.", mtp_counted=False, mtp_layer="layers.0.",
+        mtp_parts=("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm"),
+    ),
     "deepseek_v2": Names(),
     "deepseek_v3": Names(),
     "mixtral": MIXTRAL,
     "minimax": MIXTRAL,
     "minimax_m1": MIXTRAL,
     "minimax_text_01": MIXTRAL,
-}
+    "minimax_m2": replace(MIXTRAL, router_bias="block_sparse_moe.e_score_correction_bias"),
+}  # fmt: skip
 
 
 def slots(spec: ModelSpec, names: Names) -> Iterator[Slot]:
@@ -87,13 +108,11 @@ def slots(spec: ModelSpec, names: Names) -> Iterator[Slot]:
         yield Slot("lm_head.weight", "head")
     for i, layer in enumerate(spec.layers):
         yield from _layer(layer, f"model.layers.{i}.", f"layers.{i}.", names)
-    for k in range(spec.mtp):  # stored as one more layer (DeepSeek-V3's README_WEIGHTS)
-        theirs, ours = f"model.layers.{len(spec.layers) + k}.", f"mtp.{k}."
-        yield Slot(theirs + "enorm.weight", ours + "embed_norm.weight")
-        yield Slot(theirs + "hnorm.weight", ours + "hidden_norm.weight")
-        yield Slot(theirs + "eh_proj.weight", ours + "eh_proj.weight")
-        yield Slot(theirs + "shared_head.norm.weight", ours + "norm.weight")
-        yield from _layer(spec.layers[-1], theirs, ours + "layer.", names)
+    for k in range(spec.mtp):
+        theirs, ours = names.module(spec, k), f"mtp.{k}."
+        for its, mine in zip(names.mtp_parts, ("embed_norm", "hidden_norm", "eh_proj", "norm"), strict=True):
+            yield Slot(f"{theirs}{its}.weight", f"{ours}{mine}.weight")
+        yield from _layer(spec.layers[-1], theirs + names.mtp_layer, ours + "layer.", names)
 
 
 def shared_copies(spec: ModelSpec) -> dict[str, str]:
@@ -109,7 +128,7 @@ def shared_copies(spec: ModelSpec) -> dict[str, str]:
 def _layer(layer: LayerSpec, theirs: str, ours: str, names: Names) -> Iterator[Slot]:
     yield Slot(theirs + "input_layernorm.weight", ours + "mixer_norm.weight")
     yield Slot(theirs + "post_attention_layernorm.weight", ours + "ffn_norm.weight")
-    yield from _mixer(layer, theirs, ours + "mixer.")
+    yield from _mixer(layer.mixer, theirs, ours + "mixer.")
     ffn = layer.ffn
     if not isinstance(ffn, MoE):
         yield from _swiglu(theirs + names.ffn, names.parts, ours + "ffn.")
@@ -128,22 +147,39 @@ def _layer(layer: LayerSpec, theirs: str, ours: str, names: Names) -> Iterator[S
         yield Slot(theirs + names.shared_gate, ours + "ffn.shared_gate")
 
 
-def _mixer(layer: LayerSpec, theirs: str, ours: str) -> Iterator[Slot]:
-    mixer = layer.mixer
-    if isinstance(mixer, Lightning):  # per head: query, key and value rows
-        for i, part in enumerate("qkv"):
-            yield Slot(
-                theirs + "self_attn.qkv_proj.weight", f"{ours}{part}_proj.weight", view=(mixer.heads, 3), pick=i
-            )  # fmt: skip
+def _mixer(mixer: Mixer, theirs: str, ours: str) -> Iterator[Slot]:
+    yield from _interleaved(mixer, theirs, ours)
+    if isinstance(mixer, Lightning):
         table = LIGHTNING
+    elif isinstance(mixer, GatedDeltaNet):
+        table = DELTA
     elif isinstance(mixer, MLA):
         table = LATENT if mixer.q_rank is None else LATENT | COMPRESSED_QUERY
     else:
         left_out = set() if mixer.qk_norm else {"q_norm.weight", "k_norm.weight"}
         left_out |= set() if mixer.qkv_bias else {f"{p}_proj.bias" for p in "qkv"}
+        left_out |= {"q_proj.weight"} if mixer.out_gate else set()
         table = {mine: its for mine, its in ATTENTION.items() if mine not in left_out}
     for mine, its in table.items():
         yield Slot(theirs + its, ours + mine)
+
+
+def _interleaved(mixer: Mixer, theirs: str, ours: str) -> Iterator[Slot]:
+    """Several of our matrices that a checkpoint keeps as one, head by head."""
+    tensors: dict[str, tuple[int, dict[str, int]]] = {}  # its name: groups, and rows of each part of a group
+    if isinstance(mixer, Lightning):
+        tensors["self_attn.qkv_proj.weight"] = mixer.heads, {f"{p}_proj": mixer.head_dim for p in "qkv"}
+    elif isinstance(mixer, GatedDeltaNet):
+        each = mixer.heads // mixer.key_heads  # value heads of a key head
+        values = each * mixer.value_dim
+        parts = {"q_proj": mixer.key_dim, "k_proj": mixer.key_dim, "v_proj": values, "gate": values}
+        tensors["linear_attn.in_proj_qkvz.weight"] = mixer.key_heads, parts
+        tensors["linear_attn.in_proj_ba.weight"] = mixer.key_heads, {"beta_proj": each, "decay_proj": each}
+    elif isinstance(mixer, GQA) and mixer.out_gate:
+        tensors["self_attn.q_proj.weight"] = mixer.heads, {"q_proj": mixer.head_dim, "gate": mixer.head_dim}
+    for its, (groups, parts) in tensors.items():
+        for i, mine in enumerate(parts):
+            yield Slot(theirs + its, f"{ours}{mine}.weight", groups=groups, sizes=tuple(parts.values()), pick=i)
 
 
 def _swiglu(theirs: str, parts: tuple[str, str, str], ours: str) -> Iterator[Slot]:

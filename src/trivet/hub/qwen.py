@@ -1,10 +1,11 @@
-"""Qwen2 and 2.5 (R1-Distill-Qwen and Qwen2.5-1M too), Qwen2-MoE, Qwen3 and Qwen3-MoE."""
+"""Qwen2 and 2.5 (R1-Distill-Qwen and Qwen2.5-1M too), Qwen2-MoE, Qwen3, Qwen3-MoE and Qwen3-Next."""
 
 from __future__ import annotations
 
 from trivet.hub.config import Config
 from trivet.hub.llama import attention, decoder
-from trivet.spec import ModelSpec, MoE, SwiGLU
+from trivet.spec import GatedDeltaNet, ModelSpec, MoE, SwiGLU
+from trivet.spec.pattern import write_pattern
 
 
 def qwen2(c: Config) -> ModelSpec:
@@ -23,12 +24,7 @@ def qwen2(c: Config) -> ModelSpec:
 def qwen2_moe(c: Config) -> ModelSpec:
     _no_windows(c)
     _every_layer_sparse(c)
-    moe = MoE(
-        experts=c.either("num_experts", "num_local_experts"), top_k=c.take("num_experts_per_tok"), hidden=c.take("moe_intermediate_size"),
-        shared_hidden=c.take("shared_expert_intermediate_size"), shared_gate=True, score="softmax",
-        norm_topk=c.take("norm_topk_prob", False), selection_bias=False,
-    )  # fmt: skip
-    return decoder(c, attention(c, qkv_bias=c.take("qkv_bias", True)), moe)
+    return decoder(c, attention(c, qkv_bias=c.take("qkv_bias", True)), _shared_moe(c, norm_topk=False))
 
 
 def qwen3(c: Config) -> ModelSpec:
@@ -46,6 +42,44 @@ def qwen3_moe(c: Config) -> ModelSpec:
         score="softmax", norm_topk=c.take("norm_topk_prob", False), selection_bias=False,
     )  # fmt: skip
     return decoder(c, attention(c, qk_norm=True), moe)
+
+
+def qwen3_next(c: Config) -> ModelSpec:
+    """Three gated DeltaNets, then one gated attention. Its prediction module is no part of the config."""
+    c.only("use_sliding_window", False)
+    c.only("hidden_act", "silu")
+    c.only("attention_bias", False)
+    c.quantized()
+    _every_layer_sparse(c)
+    layers, interval = c.take("num_hidden_layers"), c.take("full_attention_interval", 4)
+    alternate = ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers)]
+    kinds = c.take("layer_types", alternate)
+    c.only("num_hidden_layers", len(kinds))
+    names = {"linear_attention": "delta/moe", "full_attention": "gqa/moe"}
+    if not set(kinds) <= names.keys():
+        c.only("layer_types", None)
+    delta = GatedDeltaNet(
+        heads=c.take("linear_num_value_heads"), key_heads=c.take("linear_num_key_heads"),
+        key_dim=c.take("linear_key_head_dim"), value_dim=c.take("linear_value_head_dim"),
+        conv=c.take("linear_conv_kernel_dim", 4),
+    )  # fmt: skip
+    return ModelSpec(
+        vocab_size=c.take("vocab_size"), d_model=c.take("hidden_size"),
+        pattern=write_pattern([names[kind] for kind in kinds]),
+        mixers={"delta": delta, "gqa": attention(c, rotated=0.25, qk_norm=True, out_gate=True)},
+        ffns={"moe": _shared_moe(c, norm_topk=True)},
+        tie_embeddings=c.take("tie_word_embeddings", False), norm_eps=c.take("rms_norm_eps", 1e-6), centred_norms=True,
+        context_length=c.take("max_position_embeddings", 32768),
+    )  # fmt: skip
+
+
+def _shared_moe(c: Config, norm_topk: bool) -> MoE:
+    """Softmax routing beside a shared expert with a gate."""
+    return MoE(
+        experts=c.either("num_experts", "num_local_experts"), top_k=c.take("num_experts_per_tok"), hidden=c.take("moe_intermediate_size"),
+        shared_hidden=c.take("shared_expert_intermediate_size"), shared_gate=True, score="softmax",
+        norm_topk=c.take("norm_topk_prob", norm_topk), selection_bias=False,
+    )  # fmt: skip
 
 
 def _no_windows(c: Config) -> None:

@@ -1,7 +1,7 @@
 """Grouped-query attention (arXiv 2305.13245): H query heads share K key/value heads.
 
-    q, k, v = W_q x, W_k x, W_v x        (q, k normed per head if qk_norm, then RoPE on the first dims)
-    y = W_o softmax(q k^T / sqrt(head_dim) + mask) v
+    q, k, v = W_q x, W_k x, W_v x        (q, k normed if qk_norm, per head or jointly; RoPE on the first dims)
+    y = W_o softmax(q k^T / sqrt(head_dim) + mask) v        (times sigmoid(W_g x) before W_o if out_gate)
 
 K = H is multi-head, K = 1 multi-query attention. `attend` is the one softmax-attention call of the
 package: PyTorch's fused kernel for rows of queries, a folded-head matrix product for one query.
@@ -14,20 +14,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trivet.model.cache import KVCache
-from trivet.model.layers import Layout, Linear, RMSNorm, apply_rope, causal
+from trivet.model.layers import Layout, Linear, Norms, apply_rope, causal
 from trivet.spec import GQA
 
 
 class Attention(nn.Module):
-    def __init__(self, spec: GQA, d_model: int, norm_eps: float) -> None:
+    def __init__(self, spec: GQA, d_model: int, norm: Norms) -> None:
         super().__init__()
         self.spec = spec
         self.q_proj = Linear(d_model, spec.heads * spec.head_dim, bias=spec.qkv_bias)
         self.k_proj = Linear(d_model, spec.kv_heads * spec.head_dim, bias=spec.qkv_bias)
         self.v_proj = Linear(d_model, spec.kv_heads * spec.head_dim, bias=spec.qkv_bias)
         self.o_proj = Linear(spec.heads * spec.head_dim, d_model)
-        self.q_norm = RMSNorm(spec.head_dim, norm_eps) if spec.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(spec.head_dim, norm_eps) if spec.qk_norm else nn.Identity()
+        self.gate = Linear(d_model, spec.heads * spec.head_dim) if spec.out_gate else None
+        widths = {"head": (1, 1), "all": (spec.heads, spec.kv_heads)}[spec.qk_norm_over]
+        self.q_norm, self.k_norm = (norm(n * spec.head_dim) if spec.qk_norm else nn.Identity() for n in widths)
 
     def new_cache(self, rows: int, slots: int, dtype: torch.dtype, device: torch.device) -> KVCache:
         return KVCache(self.spec, rows, slots, dtype, device)
@@ -35,15 +36,23 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, layout: Layout, cache: KVCache | None = None) -> Tensor:
         """x [B,T,D] -> [B,T,D]. cache=None is the training path."""
         s = self.spec
-        q = self.q_norm(self.q_proj(x).unflatten(-1, (s.heads, s.head_dim)))  # [B,T,H,hd]
-        k = self.k_norm(self.k_proj(x).unflatten(-1, (s.kv_heads, s.head_dim)))  # [B,T,K,hd]
+        q = self._normed(self.q_proj(x), self.q_norm)  # [B,T,H,hd]
+        k = self._normed(self.k_proj(x), self.k_norm)  # [B,T,K,hd]
         v = self.v_proj(x).unflatten(-1, (s.kv_heads, s.head_dim))
         q, k = self._rotate(q, layout), self._rotate(k, layout)
         if cache is not None:
             assert layout.positions is not None and layout.span is not None
             k, v = (x.transpose(1, 2) for x in cache.update(k, v, layout.positions, layout.span))  # [B,S,K,hd]
         y = attend_documents(q, k, v, layout, s.head_dim**-0.5, s.window)  # [B,T,H,hd]
-        return self.o_proj(y.flatten(2))
+        y = y.flatten(2)
+        return self.o_proj(y if self.gate is None else y * self.gate(x).sigmoid())
+
+    def _normed(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """[B,T,heads hd] -> [B,T,heads,hd]"""
+        if self.spec.qk_norm_over == "all":
+            x = norm(x)
+        x = x.unflatten(-1, (-1, self.spec.head_dim))
+        return norm(x) if self.spec.qk_norm_over == "head" else x
 
     def _rotate(self, x: Tensor, layout: Layout) -> Tensor:
         rope = self.spec.rope

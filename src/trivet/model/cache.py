@@ -3,6 +3,7 @@
     KVCache      keys and values          2 x kv_heads x head_dim numbers a token
     LatentCache  MLA's latent + RoPE key  kv_rank + rope dims numbers a token
     StateCache   a recurrent state        heads x head_dim^2 numbers a sequence, fp32
+    DeltaCache   a state, last inputs     heads x key_dim x value_dim + 3 x conv width, fp32
 
 A token at position p of row b lives in slot p of row b. There is no length counter: the engine owns
 positions, a layer only writes where it is told. Position -1 means "nothing here": it indexes the
@@ -19,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from trivet.spec import GQA, MLA, Lightning
+from trivet.spec import GQA, MLA, GatedDeltaNet, Lightning
 
 
 class LayerCache(Protocol):
@@ -133,3 +134,19 @@ class StateCache(_Rows):
 
     def write(self, state: Tensor) -> None:
         self.tensors[0][: len(state)] = state
+
+
+class DeltaCache(_Rows):
+    """A delta-rule state per head [rows,H,dk,dv] and the convolution's last inputs [rows,conv-1,W], always fp32."""
+
+    def __init__(self, spec: GatedDeltaNet, rows: int, slots: int, dtype: torch.dtype, device: torch.device) -> None:
+        shapes = (rows, spec.heads, spec.key_dim, spec.value_dim), (rows, spec.conv - 1, spec.conv_width)
+        self.tensors = tuple(torch.zeros(shape, dtype=torch.float32, device=device) for shape in shapes)
+
+    def read(self, batch: int) -> tuple[Tensor, Tensor]:
+        state, inputs = self.tensors
+        return state[:batch], inputs[:batch]
+
+    def write(self, state: Tensor, inputs: Tensor) -> None:
+        for mine, new in zip(self.tensors, (state, inputs), strict=True):
+            mine[: len(new)] = new

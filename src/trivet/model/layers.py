@@ -26,16 +26,24 @@ from trivet.spec import Rope, Yarn
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; centred: the weight is 1 + what is stored.
 
-    def __init__(self, dim: int, eps: float) -> None:
+    What is stored is then near 0, where bf16 is fine, so the sum and the product are made in fp32.
+    """
+
+    def __init__(self, dim: int, eps: float, centred: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.full((dim,), 0.0 if centred else 1.0))
+        self.eps, self.centred = eps, centred
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.centred:
+            return F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).to(x.dtype)
         # Under autocast x may be bf16: with a weight of another type there is no fused kernel.
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+Norms = Callable[[int], RMSNorm]  # width -> a norm in the style of the model
 
 
 class Linear(nn.Linear):

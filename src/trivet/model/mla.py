@@ -19,23 +19,21 @@ from torch import Tensor, nn
 
 from trivet.model.attention import attend, attend_documents
 from trivet.model.cache import LatentCache
-from trivet.model.layers import Layout, Linear, RMSNorm, apply_rope, yarn_temperature
+from trivet.model.layers import Layout, Linear, Norms, apply_rope, yarn_temperature
 from trivet.spec import MLA
 
 
 class LatentAttention(nn.Module):
-    def __init__(self, spec: MLA, d_model: int, norm_eps: float) -> None:
+    def __init__(self, spec: MLA, d_model: int, norm: Norms) -> None:
         super().__init__()
         self.spec = spec
         q_width = spec.heads * spec.qk_dim
         if spec.q_rank is None:
             self.q_proj = nn.Sequential(Linear(d_model, q_width))
         else:
-            self.q_proj = nn.Sequential(
-                Linear(d_model, spec.q_rank), RMSNorm(spec.q_rank, norm_eps), Linear(spec.q_rank, q_width)
-            )
+            self.q_proj = nn.Sequential(Linear(d_model, spec.q_rank), norm(spec.q_rank), Linear(spec.q_rank, q_width))
         self.kv_down = Linear(d_model, spec.kv_rank + spec.rope.dims)
-        self.kv_norm = RMSNorm(spec.kv_rank, norm_eps)
+        self.kv_norm = norm(spec.kv_rank)
         self.kv_up = Linear(spec.kv_rank, spec.heads * (spec.nope_dim + spec.v_dim))
         self.o_proj = Linear(spec.heads * spec.v_dim, d_model)
         yarn = spec.rope.yarn

@@ -11,7 +11,9 @@ Left out: dropout, learned positions, biases (except Qwen2's qkv).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +21,9 @@ from torch import Tensor, nn
 
 from trivet.model.attention import Attention
 from trivet.model.cache import LayerCache
+from trivet.model.delta import GatedDelta
 from trivet.model.ffn import DenseFFN, MoEFFN, Routing
-from trivet.model.layers import Layout, Linear, RMSNorm
+from trivet.model.layers import Layout, Linear, Norms, RMSNorm
 from trivet.model.linear import LightningAttention
 from trivet.model.mla import LatentAttention
 from trivet.spec import DualResidual, LayerSpec, ModelSpec, PostNorm, PreNorm
@@ -35,23 +38,27 @@ class Layer(nn.Module):
     def __init__(self, spec: LayerSpec, model: ModelSpec, depth: int) -> None:
         super().__init__()
         self.spec = spec
-        d, layers = model.d_model, len(model.layers)
+        d, layers, norm = model.d_model, len(model.layers), norms_of(model)
         build: dict[str, Callable[[], nn.Module]] = {
-            "gqa": lambda: Attention(spec.mixer, d, model.norm_eps),  # type: ignore[arg-type]
-            "mla": lambda: LatentAttention(spec.mixer, d, model.norm_eps),  # type: ignore[arg-type]
+            "gqa": lambda: Attention(spec.mixer, d, norm),  # type: ignore[arg-type]
+            "mla": lambda: LatentAttention(spec.mixer, d, norm),  # type: ignore[arg-type]
             "lightning": lambda: LightningAttention(spec.mixer, d, min(depth, layers - 1), layers),  # type: ignore[arg-type]
+            "delta": lambda: GatedDelta(spec.mixer, d, model.norm_eps),  # type: ignore[arg-type]
             "swiglu": lambda: DenseFFN.from_spec(spec.ffn, d),  # type: ignore[arg-type]
             "moe": lambda: MoEFFN.from_spec(spec.ffn, d),  # type: ignore[arg-type]
         }
         self.mixer = build[spec.mixer.kind]()
         self.ffn = build[spec.ffn.kind]()
-        self.mixer_norm = RMSNorm(d, model.norm_eps)
-        self.ffn_norm = RMSNorm(d, model.norm_eps)
+        self.mixer_norm, self.ffn_norm = norm(d), norm(d)
 
     def forward(self, stream: Stream, layout: Layout, cache: LayerCache | None, routing: Routing | None) -> Stream:
         join = RESIDUALS[self.spec.residual.kind]
         stream = join(self.spec.residual, stream, lambda h: self.mixer(h, layout, cache), self.mixer_norm, "mixer")
         return join(self.spec.residual, stream, lambda h: self.ffn(h, layout, routing), self.ffn_norm, "ffn")
+
+
+def norms_of(model: ModelSpec) -> Norms:
+    return partial(RMSNorm, eps=model.norm_eps, centred=model.centred_norms)
 
 
 def pre_norm(spec: PreNorm, stream: Stream, part: Part, norm: Part, which: str) -> Stream:
@@ -80,12 +87,11 @@ class MTPModule(nn.Module):
 
     def __init__(self, model: ModelSpec, depth: int) -> None:
         super().__init__()
-        d = model.d_model
-        self.embed_norm = RMSNorm(d, model.norm_eps)
-        self.hidden_norm = RMSNorm(d, model.norm_eps)
+        d, norm = model.d_model, norms_of(model)
+        self.embed_norm, self.hidden_norm = norm(d), norm(d)
         self.eh_proj = Linear(2 * d, d)
         self.layer = Layer(model.layers[-1], model, depth)
-        self.norm = RMSNorm(d, model.norm_eps)
+        self.norm = norm(d)
 
 
 class Transformer(nn.Module):
@@ -99,7 +105,7 @@ class Transformer(nn.Module):
         self.spec = spec
         self.embed = nn.Parameter(torch.empty(spec.vocab_size, spec.d_model))
         self.layers = nn.ModuleList(Layer(layer, spec, i) for i, layer in enumerate(spec.layers))
-        self.norm = RMSNorm(spec.d_model, spec.norm_eps)
+        self.norm = norms_of(spec)(spec.d_model)
         self.head = None if spec.tie_embeddings else nn.Parameter(torch.empty(spec.vocab_size, spec.d_model))
         self.mtp = nn.ModuleList(MTPModule(spec, len(spec.layers) + k) for k in range(spec.mtp))
         if seed is not None:
@@ -181,11 +187,12 @@ class Transformer(nn.Module):
     def optimizer_groups(self) -> dict[str, dict[str, nn.Parameter]]:
         """ "matrices" (Muon: the last two dimensions are a matrix, leading ones a batch) and "others".
 
-        Embedding and head are tables, a router's rows are expert centroids: AdamW, like the vectors.
+        Embedding and head are tables, a router's rows are expert centroids, a convolution is a filter a
+        channel: AdamW, like the vectors.
         """
         groups: dict[str, dict[str, nn.Parameter]] = {"matrices": {}, "others": {}}
         for name, p in self.named_parameters():
-            table = name in ("embed", "head") or name.endswith((".router", ".shared_gate"))
+            table = name in ("embed", "head") or name.endswith((".router", ".shared_gate", ".conv"))
             groups["others" if table or p.ndim < 2 else "matrices"][name] = p
         return groups
 
@@ -204,12 +211,19 @@ def init_weights(model: Transformer, seed: int) -> None:
     Matrices are uniform with variance 1/fan_in; matrices that write to the residual stream start at
     zero, so a new model is its embedding (as in modded-nanogpt); norms are 1, router biases 0. A tied
     table has variance 1/D so that first logits are of order 1; an untied one 1, with a small head.
+    A delta rule's rates are drawn as Mamba-2's: A in 1..16, a step of 0.001 to 0.1 before training.
     """
     generator = torch.Generator().manual_seed(seed)
+    centred = {id(m.weight) for m in model.modules() if isinstance(m, RMSNorm) and m.centred}
     for name, p in model.named_parameters():
         leaf = name.rsplit(".", 2)[-2:]
-        if p.ndim == 1:
-            p.fill_(0.0 if name.endswith(".bias") else 1.0)
+        if name.endswith(".A_log"):
+            p.uniform_(1.0, 16.0, generator=generator).log_()
+        elif name.endswith(".dt_bias"):
+            step = p.uniform_(math.log(1e-3), math.log(0.1), generator=generator).exp()
+            p.copy_(step + torch.log(-torch.expm1(-step)))  # softplus of it is the step
+        elif p.ndim == 1:
+            p.fill_(0.0 if name.endswith(".bias") or id(p) in centred else 1.0)
         elif name == "embed":
             p.normal_(0.0, 1.0 if model.head is not None else model.spec.d_model**-0.5, generator=generator)
         elif name == "head":

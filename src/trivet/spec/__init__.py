@@ -10,6 +10,7 @@ the spec's tables, with repetition and groups:
     "gqa/dense*28"                         Qwen3-0.6B
     "mla/dense*3 mla/moe*58"               DeepSeek-V3
     "(lightning/moe*7 gqa/moe)*10"         MiniMax-M1
+    "(delta/moe*3 gqa/moe)*12"             Qwen3-Next-80B-A3B
 
 Left out: anything that is not the model's identity (dtype, device, kernels, dropout).
 """
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 from trivet.spec.ffns import FFN, MoE, SwiGLU
 from trivet.spec.frozen import Frozen
-from trivet.spec.mixers import GQA, MLA, Lightning, Mixer
+from trivet.spec.mixers import GQA, MLA, GatedDeltaNet, Lightning, Mixer
 from trivet.spec.model import DualResidual, LayerSpec, ModelSpec, PostNorm, PreNorm, Residual
 from trivet.spec.pattern import expand_pattern, write_pattern
 from trivet.spec.positions import Llama3Scaling, Rope, Yarn
@@ -29,6 +30,7 @@ __all__ = [
     "MLA",
     "DualResidual",
     "Frozen",
+    "GatedDeltaNet",
     "LayerSpec",
     "Lightning",
     "Llama3Scaling",

@@ -19,6 +19,8 @@ class GQA(Frozen):
     head_dim: int = Field(gt=0)
     rope: Rope
     qk_norm: bool = False  # RMSNorm of each query and key head before RoPE, as Qwen3
+    qk_norm_over: Literal["head", "all"] = "head"  # all: one norm over all heads jointly, as MiniMax-M2
+    out_gate: bool = False  # what attention found times sigmoid(W_g x) (arXiv 2505.06708), as Qwen3-Next
     qkv_bias: bool = False  # as Qwen2
     window: int | None = Field(default=None, gt=0)  # a query sees itself and window-1 before it
 
@@ -28,16 +30,19 @@ class GQA(Frozen):
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         if self.rope.dims > self.head_dim:
             raise ValueError(f"rope.dims ({self.rope.dims}) exceeds head_dim ({self.head_dim})")
+        if self.qk_norm_over == "all" and not self.qk_norm:
+            raise ValueError("qk_norm_over 'all' needs qk_norm = true")
         return self
 
     def params(self, d: int) -> int:
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         biases = (q + 2 * kv) if self.qkv_bias else 0
-        norms = 2 * self.head_dim if self.qk_norm else 0
-        return d * (q + 2 * kv) + q * d + biases + norms
+        norms = {"head": 2 * self.head_dim, "all": q + kv}[self.qk_norm_over] if self.qk_norm else 0
+        return self.matmul_params(d) + biases + norms
 
     def matmul_params(self, d: int) -> int:
-        return d * self.head_dim * 2 * (self.heads + self.kv_heads)
+        gate = self.heads if self.out_gate else 0
+        return d * self.head_dim * (2 * (self.heads + self.kv_heads) + gate)
 
     def cache_per_token(self) -> int:
         return 2 * self.kv_heads * self.head_dim
@@ -119,4 +124,47 @@ class Lightning(Frozen):
         return 4 * self.heads * self.head_dim * self.head_dim  # independent of the context
 
 
-Mixer = Annotated[GQA | MLA | Lightning, Field(discriminator="kind")]
+class GatedDeltaNet(Frozen):
+    """Gated delta rule (arXiv 2412.06464) as in Qwen3-Next: linear attention that can overwrite what it holds.
+
+    `key_heads` query and key heads serve `heads` value heads, consecutive ones alike.
+    """
+
+    kind: Literal["delta"] = "delta"
+    heads: int = Field(gt=0)  # value heads, each with a state of its own
+    key_heads: int = Field(gt=0)
+    key_dim: int = Field(gt=0)
+    value_dim: int = Field(gt=0)
+    conv: int = Field(default=4, gt=1)  # tokens that the causal convolution over q, k and v sees
+
+    @model_validator(mode="after")
+    def _divides(self) -> GatedDeltaNet:
+        if self.heads % self.key_heads:
+            raise ValueError(f"heads ({self.heads}) must be a multiple of key_heads ({self.key_heads})")
+        return self
+
+    @property
+    def conv_width(self) -> int:
+        return 2 * self.key_heads * self.key_dim + self.heads * self.value_dim
+
+    def params(self, d: int) -> int:
+        rates = 2 * self.heads  # A_log and dt_bias
+        return self.matmul_params(d) + self.conv * self.conv_width + rates + self.value_dim
+
+    def matmul_params(self, d: int) -> int:
+        return d * (
+            self.conv_width + 2 * self.heads * self.value_dim + 2 * self.heads
+        )  # qkv, gate, output; beta, decay
+
+    def cache_per_token(self) -> int:
+        return 0
+
+    def state(self) -> int:
+        return self.heads * self.key_dim * self.value_dim + (self.conv - 1) * self.conv_width
+
+    def context_flops(self, context: int) -> int:
+        """Of the recurrence: read for the key, write, read for the query. Independent of the context."""
+        return 6 * self.heads * self.key_dim * self.value_dim + 2 * self.conv * self.conv_width
+
+
+Mixer = Annotated[GQA | MLA | Lightning | GatedDeltaNet, Field(discriminator="kind")]

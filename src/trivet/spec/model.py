@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from trivet.spec.ffns import FFN
 from trivet.spec.frozen import Frozen
-from trivet.spec.mixers import GQA, MLA, Lightning, Mixer
+from trivet.spec.mixers import GQA, MLA, GatedDeltaNet, Lightning, Mixer
 from trivet.spec.pattern import expand_pattern
 
 T = TypeVar("T")
@@ -64,6 +64,7 @@ class ModelSpec(Frozen):
     residuals: dict[str, Residual] = Field(default_factory=lambda: dict[str, Residual](pre=PreNorm()))
     tie_embeddings: bool = True
     norm_eps: float = 1e-6
+    centred_norms: bool = False  # norms keep their weight minus 1, as Qwen3-Next; not those within linear attention
     mtp: int = Field(default=0, ge=0)  # multi-token-prediction modules, each like the last layer
     context_length: int = Field(default=4096, gt=0)  # longest sequence the model is meant for
 
@@ -166,7 +167,7 @@ class ModelSpec(Frozen):
 
 def _summed(mixer: Mixer, n: int, absorbed: bool) -> int:
     """Context FLOPs of positions 1 to n: they grow in a line up to the window, if there is one, then stay."""
-    if isinstance(mixer, Lightning):
+    if isinstance(mixer, Lightning | GatedDeltaNet):
         return n * mixer.context_flops(1)
     one = mixer.absorbed_flops(1) if absorbed and isinstance(mixer, MLA) else mixer.context_flops(1)
     grows = min(n, mixer.window) if isinstance(mixer, GQA) and mixer.window else n
