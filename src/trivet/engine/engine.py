@@ -29,7 +29,8 @@ import torch
 from trivet.chat import Chat
 from trivet.engine.prefix import PrefixStats, PrefixStore
 from trivet.engine.request import Limits, Live, Request
-from trivet.engine.rows import Rows
+from trivet.engine.rows import SPAN_STEP, Rows
+from trivet.engine.speculate import Drafter
 from trivet.engine.writing import Writer
 from trivet.messages import Completion, StopReason
 from trivet.model import Routing, Transformer
@@ -39,7 +40,6 @@ LONGEST_PIECE = 2_048  # of one row: bounds what a layer holds at a time
 SNAPSHOT_EVERY = 512  # prompt tokens, where layers keep states: a later prompt may go on from there
 PREFIX_BYTES = 2**28  # a fair store for conversations
 IDLE_SHARE = 0.25  # finished rows beyond this share of the batch are removed
-SPAN_STEP = 16  # cache slots are read in multiples of this
 
 
 @dataclass
@@ -50,6 +50,8 @@ class Stats:
     shared_tokens: int = 0  # prompt tokens that a copy of another row saved
     cached_tokens: int = 0  # prompt tokens that the prefix store saved
     decode_tokens: int = 0
+    guessed_tokens: int = 0  # by a drafter
+    right_tokens: int = 0  # of them
     seconds: float = 0.0
     peak_rows: int = 0
     cache_bytes: int = 0
@@ -65,7 +67,7 @@ class Engine:
     """Continuous batching over at most `max_rows` sequences of at most `slots` tokens each.
 
     prefix_bytes: room for prefixes to start from, 0 for none (questions that are asked once share nothing).
-    They are forgotten when the weights change.
+    They are forgotten when the weights change. drafter: guesses tokens ahead, which changes the speed only.
     """
 
     def __init__(
@@ -77,13 +79,15 @@ class Engine:
         device: torch.device | str | None = None,
         record_experts: bool = False,
         prefix_bytes: int = 0,
+        drafter: Drafter | None = None,
     ) -> None:
         self.model, self.chat = model, chat
         self.max_rows, self.slots = max_rows, slots
         self.device = torch.device(device) if device is not None else model.embed.device
         self.record_experts = record_experts
         self.stats = Stats()
-        self.rows = Rows(model, self.device, slots, record_experts)
+        self.drafter = drafter
+        self.rows = self._no_rows()
         self.writer = Writer(model, chat)
         self.prefix_bytes = prefix_bytes
         self._weights = 0  # their version when the prefixes were computed
@@ -92,6 +96,10 @@ class Engine:
         self._waiting: deque[Live] = deque()
         self._by_id: dict[int, Live] = {}
         self._ended: list[tuple[int, Completion]] = []  # since the last step returned
+
+    def _no_rows(self) -> Rows:
+        extra = self.drafter.mixers if self.drafter is not None else ()
+        return Rows(self.model, self.device, self.slots, self.record_experts, extra)
 
     # --- requests ----------------------------------------------------------------------------------
     def add(self, request: Request) -> int:
@@ -203,7 +211,7 @@ class Engine:
             self.prefixes.count(hit, len(body))
             if hit.length:
                 self.prefixes.load(hit, rows.caches, row)
-                rows.computed[row] = hit.length
+                rows.computed[row] = rows.drafted[row] = hit.length
                 self.stats.cached_tokens += hit.length
         if rows.computed[row] == len(body):
             self._filled(row)
@@ -227,8 +235,12 @@ class Engine:
             if self.prefixes is not None and self.prefixes.states:
                 at = rows.computed[part]
                 counts = np.minimum(counts, SNAPSHOT_EVERY - at % SNAPSHOT_EVERY)
+            start = rows.computed[part].copy()
             hidden = self._feed(part, counts)
             self.writer.read_prompts(rows, part, counts, hidden)
+            if self.drafter is not None:
+                whole = rows.computed[part] == rows.wanted[part] - 1
+                self.drafter.look_ahead(rows, part, start, counts, hidden, whole)
             self.stats.prompt_tokens += int(counts.sum())
             left[part] = 0
             for row in range(part.start, part.stop):
@@ -257,41 +269,70 @@ class Engine:
         self.stats.shared_tokens += computed * len(targets)
 
     def _decode(self) -> None:
-        """Feed one token to every row that is not busy with its prompt."""
+        """Feed every row that is not busy with its prompt what it lacks, and what is guessed to follow; write on.
+
+        Guesses are checked by writing on as always: a row goes on to its next position while what it wrote is
+        what had been guessed there. So speculation changes no token, whatever the settings.
+        """
         rows, n = self.rows, len(self.rows)
         ready = rows.alive[:n] & ~rows.filling[:n] & ~rows.follows[:n]
         if not ready.any():
             return
-        rows.reserve(n, min(int(rows.wanted[:n].max()) + 1 + len(self.chat.closing_ids), self.slots), self.max_rows)
-        hidden = self._feed(slice(0, n), ready.astype(np.int64))
-        need = ready & (rows.computed[:n] == rows.wanted[:n])
-        self.stats.decode_tokens += int(need.sum())
-        if need.any():
-            for row, error in self.writer.extend(rows, need, hidden[:, 0]):
-                self._finish(rows.live[row], StopReason.ERROR, error)
-        for row, reason in self.writer.ended(rows, ready & rows.alive[:n]):
-            self._finish(rows.live[row], reason)
+        ahead = self.drafter.ahead if self.drafter is not None else 0
+        most = int(rows.wanted[:n].max()) + 1 + ahead + len(self.chat.closing_ids)
+        rows.reserve(n, min(most, self.slots), self.max_rows)
+        known, start = rows.wanted[:n].copy(), rows.computed[:n].copy()
+        # Forced tokens go one by one with the others; what a wrong guess made a state forget, all at once.
+        lacking = np.where(ready, np.minimum(known - start, 1 + ahead), 0)
+        guessed = np.where(ready & (lacking == known - start), rows.guessed[:n], 0)
+        guesses = rows.tokens[np.arange(n)[:, None], np.minimum(known[:, None] + np.arange(ahead), rows.columns - 1)]
+        before = [(cache, cache.copy()) for cache in rows.states] if guessed.any() else []
+        hidden = self._feed(slice(0, n), lacking + guessed)
+        rows.computed[:n] -= guessed  # until they have turned out to be right
+        going = np.flatnonzero(ready & (rows.computed[:n] == known))
+        right = np.zeros(n, np.int64)
+        ends: list[tuple[int, StopReason, str | None]] = []
+        for depth in range(1 + ahead):
+            self.stats.decode_tokens += len(going)
+            failed = self.writer.extend(rows, going, hidden[going, lacking[going] - 1 + depth]) if len(going) else []
+            going = going[~np.isin(going, [row for row, _ in failed])]
+            over = self.writer.ended(rows, going)
+            ends += [(row, StopReason.ERROR, error) for row, error in failed] + [(*end, None) for end in over]
+            going = going[~np.isin(going, [row for row, _ in over]) & (depth < guessed[going])]
+            at = known[going] + depth
+            going = (
+                going[(rows.wanted[going] == at + 1) & (rows.tokens[going, at] == guesses[going, depth])]
+                if ahead
+                else going[:0]
+            )
+            right[going] += 1
+        self.stats.guessed_tokens += int(guessed.sum())
+        self.stats.right_tokens += int(right.sum())
+        rows.computed[:n] += right
+        for cache, copy in before:  # what read a wrong guess starts again from before it
+            wrong = torch.from_numpy(np.flatnonzero(right < guessed)).to(self.device)
+            cache.copy_rows(wrong, wrong, copy)
+            rows.computed[:n] = np.where(right < guessed, start, rows.computed[:n])
+        rows.guessed[:n] = 0
+        for row, reason, error in ends:
+            self._finish(rows.live[row], reason, error)
+        if self.drafter is not None:
+            certain = np.where(rows.alive[:n], lacking + right, 0)
+            goes_on = rows.alive[:n] & ready & (rows.wanted[:n] == start + certain + 1)
+            self.drafter.look_ahead(rows, slice(0, n), start, certain, hidden, goes_on)
 
     def _feed(self, part: slice, counts: np.ndarray) -> torch.Tensor:
         """Compute the next counts[i] tokens of each row of a part of the batch -> hidden [B,T,D]."""
-        rows = self.rows
-        width = int(counts.max())
-        offset = np.arange(width)
-        at = rows.computed[part, None] + offset  # [B,T]
-        real = offset < counts[:, None]
-        index = np.arange(part.start, part.stop)[:, None]
-        tokens = np.where(real, rows.tokens[index, np.where(real, at, 0)], 0)
-        positions = np.where(real, at, -1)
-        span = min(-(-(int(positions.max()) + 1) // SPAN_STEP) * SPAN_STEP, rows.columns)
+        rows, start = self.rows, self.rows.computed[part].copy()
+        tokens, positions, span = rows.read_on(part, start, counts)
         caches = rows.caches if part.start == 0 else [cache.view(part) for cache in rows.caches]
         routing = Routing() if self.record_experts else None
-        hidden: torch.Tensor = self.model(
-            torch.from_numpy(tokens).to(self.device), torch.from_numpy(positions).to(self.device), caches, span, routing
-        )
+        hidden: torch.Tensor = self.model(tokens, positions, caches, span, routing)
         if routing is not None:
-            where, column = index.repeat(width, 1)[real], at[real]
+            real = np.arange(tokens.shape[1]) < counts[:, None]
+            row, column = np.nonzero(real)
             for table, chosen in zip(rows.experts, routing.experts, strict=True):
-                table[where, column] = chosen.cpu().numpy()[real]
+                table[row + part.start, start[row] + column] = chosen.cpu().numpy()[real]
         rows.computed[part] += counts
         return hidden
 
@@ -358,7 +399,7 @@ class Engine:
             live.followers = []
         self._waiting.extendleft(self.rows.take_out(live.row) for live in reversed(running))
         self.max_rows = max(1, min(self.max_rows, max(len(running), len(self.rows))) // 2)
-        self.rows = Rows(self.model, self.device, self.slots, self.record_experts)
+        self.rows = self._no_rows()
         self.prefixes = None
         self.stats.set_aside, self.stats.shrunk = self.stats.set_aside + len(running), self.stats.shrunk + 1
         warnings.warn(

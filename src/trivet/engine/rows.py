@@ -9,24 +9,36 @@ layer, so that a step never needs more than one layer twice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from trivet.engine.request import UNLIMITED, Live, Saved
 from trivet.engine.sampling import Settings
 from trivet.model import Transformer
 from trivet.model.cache import LayerCache
 
+SPAN_STEP = 16  # cache slots are read in multiples of this
 FIRST_COLUMNS = 256  # slots a sequence to begin with
 
 
 class Rows:
     """Arrays [rows, columns] of tokens and [rows] of everything else, and the caches of the layers."""
 
-    def __init__(self, model: Transformer, device: torch.device, most_columns: int, record_experts: bool) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        device: torch.device,
+        most_columns: int,
+        record_experts: bool,
+        extra: Sequence[nn.Module] = (),
+    ) -> None:
+        """extra: mixers of a drafter, whose caches stand behind the model's."""
         self.model, self.device, self.most_columns = model, device, most_columns
+        self._mixers = [layer.mixer for layer in model.layers] + list(extra)
         self.live: list[Live | None] = []  # row -> request, None where it has ended
         self.columns = min(FIRST_COLUMNS, most_columns)
         self.capacity = 0
@@ -42,11 +54,38 @@ class Rows:
         self.alive, self.thinking, self.hit, self.stops_on_tool = (np.zeros(0, bool) for _ in range(4))
         # filling: still computing what it brought along; follows: waits for another row to compute its prompt.
         self.filling, self.follows = np.zeros(0, bool), np.zeros(0, bool)
+        # guessed: tokens behind the wanted ones that are a guess; drafted: how many a draft model has read.
+        self.guessed, self.drafted = np.zeros(0, np.int64), np.zeros(0, np.int64)
         kinds = (torch.float32, torch.float32, torch.long, torch.float32, torch.long)
         self.settings = Settings(*(torch.zeros(0, dtype=kind, device=device) for kind in kinds))
 
     def __len__(self) -> int:
         return len(self.live)
+
+    @property
+    def states(self) -> list[LayerCache]:
+        """Of the model's caches those that can't take back a token."""
+        return [cache for cache in self.caches[: len(self.model.layers)] if cache.slot_dim is None]
+
+    @property
+    def extra(self) -> list[LayerCache]:
+        return self.caches[len(self.model.layers) :]
+
+    def read_on(
+        self, part: slice, start: np.ndarray, counts: np.ndarray, shift: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Tokens and positions [n,T] of counts[i] tokens from start[i] on, for a forward pass, and its span.
+
+        shift: the token that many places further on stands at each position.
+        """
+        offset = np.arange(max(int(counts.max()), 1))
+        at = start[:, None] + offset
+        real = offset < counts[:, None]
+        index = np.arange(part.start, part.stop)[:, None]
+        tokens = np.where(real, self.tokens[index, np.where(real, at + shift, 0)], 0)
+        positions = np.where(real, at, -1)
+        span = min(-(-(int(positions.max()) + 1) // SPAN_STEP) * SPAN_STEP, self.columns)
+        return torch.from_numpy(tokens).to(self.device), torch.from_numpy(positions).to(self.device), max(span, 1)
 
     @property
     def nbytes(self) -> int:
@@ -79,7 +118,7 @@ class Rows:
             values = (s.temperature, s.top_p, s.top_k, s.min_p, s.seed & (2**63 - 1))
             for setting, number in zip(vars(self.settings).values(), values, strict=True):
                 setting[row] = number
-        self.computed[row] = 0
+        self.computed[row] = self.guessed[row] = self.drafted[row] = 0
         self.alive[row] = self.filling[row] = True
         self.follows[row] = False
 
@@ -154,8 +193,8 @@ class Rows:
             columns = min(self.most_columns, max(columns, 2 * self.columns))
         columns = max(columns, self.columns)
         used = len(self.live)
-        for i, layer in enumerate(self.model.layers):
-            grown = layer.mixer.new_cache(rows, columns, self.model.embed.dtype, self.device)  # type: ignore[operator,union-attr]
+        for i, mixer in enumerate(self._mixers):
+            grown = mixer.new_cache(rows, columns, self.model.embed.dtype, self.device)  # type: ignore[operator,union-attr]
             if i < len(self.caches):
                 grown.copy_from(self.caches[i], used)
                 self.caches[i] = grown

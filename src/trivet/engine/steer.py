@@ -30,27 +30,28 @@ def steers(s: Sampling) -> bool:
 def steer(
     logits: Tensor,
     lives: Sequence[Live],
+    places: Sequence[int],
     tokens: Sequence[np.ndarray],
     grammars: Grammars | None,
     thinks: Sequence[int],
 ) -> Tensor:
-    """The rows' logits [B,V], changed for `lives` (row live.row each; tokens: its prompt and what it wrote).
+    """The logits [B,V], changed for `lives` (at `places` in B; tokens: its prompt and what it wrote).
 
     thinks: for each of them, the token that may open a thought here whatever its grammar says, -1 for none, and
     -2 while a thought is open.
     """
     changed = logits.float().clone()
-    bound = [(live, may) for live, may in zip(lives, thinks, strict=True) if live.matcher is not None and may > -2]
-    for live, known in zip(lives, tokens, strict=True):
-        _penalise(changed[live.row], live.request.sampling, known, len(live.request.prompt))
+    for live, at, known in zip(lives, places, tokens, strict=True):
+        _penalise(changed[at], live.request.sampling, known, len(live.request.prompt))
+    bound = [i for i, live in enumerate(lives) if live.matcher is not None and thinks[i] > -2]
     if bound:
         assert grammars is not None
-        allowed = grammars.allowed([live.matcher for live, _ in bound], logits.device)
-        for i, (_, may) in enumerate(bound):
-            if may >= 0:
-                allowed[i, may] = True
-        rows = torch.tensor([live.row for live, _ in bound], device=logits.device)
-        changed[rows] = changed[rows].masked_fill(~allowed, float("-inf"))
+        allowed = grammars.allowed([lives[i].matcher for i in bound], logits.device)
+        for row, i in enumerate(bound):
+            if thinks[i] >= 0:
+                allowed[row, thinks[i]] = True
+        at_rows = torch.tensor([places[i] for i in bound], device=logits.device)
+        changed[at_rows] = changed[at_rows].masked_fill(~allowed, float("-inf"))
     return changed
 
 

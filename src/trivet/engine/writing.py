@@ -15,7 +15,7 @@ from trivet.config import UserError
 from trivet.engine.grammar import Grammars
 from trivet.engine.request import Live
 from trivet.engine.rows import Rows
-from trivet.engine.sampling import Settings, sample
+from trivet.engine.sampling import sample
 from trivet.engine.steer import steer, steers
 from trivet.messages import StopReason
 from trivet.model import Transformer
@@ -68,42 +68,51 @@ class Writer:
                 logp = self.model.logits(piece).float().log_softmax(-1)
                 live.prompt_logprobs += logp.gather(-1, ids.unsqueeze(-1)).squeeze(-1).tolist()
 
-    def extend(self, rows: Rows, need: np.ndarray, hidden: Tensor) -> list[tuple[int, str]]:
-        """Sample one token for each row that needs one -> (row, error) of those that can't go on."""
-        r, n, chat = rows, len(need), self.chat
-        produced = r.wanted[:n] - r.prompt_length[:n]
+    def extend(self, rows: Rows, which: np.ndarray, hidden: Tensor) -> list[tuple[int, str]]:
+        """Sample one token for each of the rows `which`, hidden [len(which),D] -> (row, error) where that failed."""
+        r, chat = rows, self.chat
+        produced = r.wanted[which] - r.prompt_length[which]
         logits = self.model.logits(hidden)
-        broken = need & ~torch.isfinite(logits).all(-1).cpu().numpy()
-        failed = [(int(row), "the model's logits are not finite") for row in np.flatnonzero(broken)]
+        broken = ~torch.isfinite(logits).all(-1).cpu().numpy()
+        failed = [(int(row), "the model's logits are not finite") for row in which[broken]]
         logits = torch.nan_to_num(logits) if broken.any() else logits
-        need = need & ~broken
-        lives = [live for live in self._steered.values() if live.row >= 0 and need[live.row]]
+        place = (
+            dict(zip(which[~broken].tolist(), np.flatnonzero(~broken).tolist(), strict=True)) if self._asking else {}
+        )
+        lives = [live for live in self._steered.values() if live.row in place]
         thinks = [self._may_think(r, live) for live in lives]
         known = [r.tokens[live.row, : r.wanted[live.row]] for live in lives]
-        steered = steer(logits, lives, known, self._grammars, thinks) if lives else None
+        steered = steer(logits, lives, [place[v.row] for v in lives], known, self._grammars, thinks) if lives else None
         index = torch.from_numpy(produced).to(logits.device)
-        drawn = sample(logits, Settings(*(t[:n] for t in vars(r.settings).values())), index, steered)
+        drawn = sample(logits, r.settings[torch.from_numpy(which).to(logits.device)], index, steered)
         token, logprob, raw = (t.cpu().numpy() for t in drawn)
-        opens = (token == chat.think_open_id) & ~r.thinking[:n]
-        stays = need & r.thinking[:n] & (token != chat.think_close_id)
-        spent = (r.thought[:n] >= r.budget[:n]) | (produced >= r.last_thought[:n])
+        thinking = r.thinking[which]
+        stays = thinking & (token != chat.think_close_id) & ~broken
+        spent = (r.thought[which] >= r.budget[which]) | (produced >= r.last_thought[which])
         cut = stays & spent
-        for row in np.flatnonzero(cut):
+        for row in which[cut]:
             self._force(r, int(row))
-        write = np.flatnonzero(need & ~cut)
-        self._report(r, need & ~cut, logits)
+        writes = ~broken & ~cut
+        for live in self._topped.values():
+            if live.row in place and writes[place[live.row]]:
+                self._report(live, int(produced[place[live.row]]), logits[place[live.row]])
         for live, may in zip(lives, thinks, strict=True):
-            if live.matcher is not None and may > -2 and token[live.row] != may:
-                if not live.matcher.consume_token(int(token[live.row])):
+            at = place[live.row]
+            if live.matcher is not None and may > -2 and token[at] != may:
+                if not live.matcher.consume_token(int(token[at])):
                     failed.append((live.row, f"the grammar can't go on: {live.matcher.get_error().strip()}"))
-        at = r.wanted[write]
-        r.tokens[write, at], r.sampled[write, at] = token[write], True
-        r.logprobs[write, at], r.raw_logprobs[write, at] = logprob[write], raw[write]
-        r.wanted[write] += 1
-        r.thought[:n] += stays & ~cut
-        ends = r.thinking[:n] & (token == chat.think_close_id)
-        r.thinking[write] = (r.thinking[:n] & ~ends | opens)[write]
+        rows_w, at_w = which[writes], r.wanted[which[writes]]
+        r.tokens[rows_w, at_w], r.sampled[rows_w, at_w] = token[writes], True
+        r.logprobs[rows_w, at_w], r.raw_logprobs[rows_w, at_w] = logprob[writes], raw[writes]
+        r.wanted[rows_w] += 1
+        r.thought[which] += stays & ~cut
+        opens, closes = token == chat.think_open_id, token == chat.think_close_id
+        r.thinking[rows_w] = (thinking & ~closes | opens)[writes]
         return failed
+
+    @property
+    def _asking(self) -> bool:
+        return bool(self._steered or self._topped)
 
     def _may_think(self, rows: Rows, live: Live) -> int:
         """The token that may open a thought here; -1: it is too late for one; -2: one is open."""
@@ -112,13 +121,10 @@ class Writer:
         first = rows.wanted[live.row] == rows.prompt_length[live.row]
         return self.chat.think_open_id if first and live.request.sampling.thinking != "off" else -1
 
-    def _report(self, rows: Rows, writes: np.ndarray, logits: Tensor) -> None:
+    def _report(self, live: Live, number: int, logits: Tensor) -> None:
         """Note the likeliest tokens where they were asked for."""
-        for live in self._topped.values():
-            if live.row >= 0 and writes[live.row]:
-                best = logits[live.row].float().log_softmax(-1).topk(live.request.sampling.top_logprobs)
-                number = int(rows.wanted[live.row] - rows.prompt_length[live.row])
-                live.tops[number] = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        best = logits.float().log_softmax(-1).topk(live.request.sampling.top_logprobs)
+        live.tops[number] = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
     def _force(self, rows: Rows, row: int) -> None:
         """Write the closing message and tag where the thought would have gone on."""
@@ -129,26 +135,26 @@ class Writer:
         r.wanted[row] += len(ids)
         r.thinking[row], r.hit[row] = False, True
 
-    def ended(self, rows: Rows, fed: np.ndarray) -> list[tuple[int, StopReason]]:
-        """The rows that end with their newest token, or for want of room, and why."""
-        r, n, chat = rows, len(fed), self.chat
-        newest = r.tokens[np.arange(n), np.maximum(r.wanted[:n] - 1, 0)]
-        produced = r.wanted[:n] - r.prompt_length[:n]
-        new = fed & (produced > 0)
+    def ended(self, rows: Rows, which: np.ndarray) -> list[tuple[int, StopReason]]:
+        """Those of the rows `which` that end with their newest token, or for want of room, and why."""
+        r, chat = rows, self.chat
+        newest = r.tokens[which, r.wanted[which] - 1]
+        produced = r.wanted[which] - r.prompt_length[which]
         reasons = {}
+        new = set(which[produced > 0].tolist()) if self._watched else set()
         for live in self._watched.values():
-            if live.row >= 0 and new[live.row] and self._stops(r, live, int(newest[live.row])):
+            if live.row in new and self._stops(r, live):
                 reasons[live.row] = StopReason.STOP_STRING
-        ends, called = newest == chat.end_id, (newest == chat.tool_close_id) & r.stops_on_tool[:n]
-        for row in np.flatnonzero(new & (ends | called | (produced >= r.most[:n]))):
-            reason = StopReason.END if ends[row] else StopReason.TOOL_CALL if called[row] else StopReason.LENGTH
-            if reason is not StopReason.LENGTH or int(row) not in reasons:
-                reasons[int(row)] = reason
+        ends, called = newest == chat.end_id, (newest == chat.tool_close_id) & r.stops_on_tool[which]
+        for i in np.flatnonzero((produced > 0) & (ends | called | (produced >= r.most[which]))):
+            reason = StopReason.END if ends[i] else StopReason.TOOL_CALL if called[i] else StopReason.LENGTH
+            if reason is not StopReason.LENGTH or int(which[i]) not in reasons:
+                reasons[int(which[i])] = reason
         return list(reasons.items())
 
-    def _stops(self, rows: Rows, live: Live, newest: int) -> bool:
+    def _stops(self, rows: Rows, live: Live) -> bool:
         s = live.request.sampling
-        if newest in s.stop_ids:
+        if int(rows.tokens[live.row, rows.wanted[live.row] - 1]) in s.stop_ids:
             return True
         if not s.stop:
             return False

@@ -43,6 +43,8 @@ class LayerCache(Protocol):
         """Take over the first rows of a cache with fewer rows or slots."""
         ...
 
+    def copy(self) -> LayerCache: ...
+
     def view(self, rows: slice) -> LayerCache:
         """These rows as a cache of its own over the same memory."""
         ...
@@ -77,6 +79,11 @@ class _Rows:
             else:  # the spare slot stays where it is
                 slots = theirs.shape[self.slot_dim] - 1
                 mine.narrow(self.slot_dim, 0, slots)[:rows] = theirs.narrow(self.slot_dim, 0, slots)[:rows]
+
+    def copy(self) -> LayerCache:
+        twin = copy.copy(self)
+        twin.tensors = tuple(t.clone() for t in self.tensors)
+        return twin
 
     def view(self, rows: slice) -> LayerCache:
         part = copy.copy(self)

@@ -158,6 +158,15 @@ class Transformer(nn.Module):
             outputs.append(hidden)
         return outputs
 
+    def mtp_step(self, hidden: Tensor, following: Tensor, positions: Tensor, cache: LayerCache, span: int) -> Tensor:
+        """The first MTP module with a cache, for speculation: hidden [B,T,D] at positions [B,T], the token that
+        follows each -> [B,T,D], whose logits are of the token after that."""
+        module = self.mtp[0]
+        layout = self._layout(following, positions, True, span)
+        pair = torch.cat((module.embed_norm(self.embed[following]), module.hidden_norm(hidden)), -1)  # type: ignore[operator]
+        stream = self._enter(module.eh_proj(pair))  # type: ignore[operator]
+        return self._leave(module.layer(stream, layout, cache, None), module.norm)  # type: ignore[operator,arg-type]
+
     def _layout(self, tokens: Tensor, positions: Tensor | None, cached: bool, span: int | None) -> Layout:
         batch, length = tokens.shape
         if cached and positions is None:
