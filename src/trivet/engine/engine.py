@@ -63,6 +63,9 @@ class Stats:
         return self.decode_tokens / self.seconds if self.seconds else 0.0
 
 
+End = tuple[int, StopReason, str | None]  # row, why, and what went wrong
+
+
 class Engine:
     """Continuous batching over at most `max_rows` sequences of at most `slots` tokens each.
 
@@ -290,22 +293,7 @@ class Engine:
         hidden = self._feed(slice(0, n), lacking + guessed)
         rows.computed[:n] -= guessed  # until they have turned out to be right
         going = np.flatnonzero(ready & (rows.computed[:n] == known))
-        right = np.zeros(n, np.int64)
-        ends: list[tuple[int, StopReason, str | None]] = []
-        for depth in range(1 + ahead):
-            self.stats.decode_tokens += len(going)
-            failed = self.writer.extend(rows, going, hidden[going, lacking[going] - 1 + depth]) if len(going) else []
-            going = going[~np.isin(going, [row for row, _ in failed])]
-            over = self.writer.ended(rows, going)
-            ends += [(row, StopReason.ERROR, error) for row, error in failed] + [(*end, None) for end in over]
-            going = going[~np.isin(going, [row for row, _ in over]) & (depth < guessed[going])]
-            at = known[going] + depth
-            going = (
-                going[(rows.wanted[going] == at + 1) & (rows.tokens[going, at] == guesses[going, depth])]
-                if ahead
-                else going[:0]
-            )
-            right[going] += 1
+        right, ends = self._write_on(going, hidden, lacking, known, guessed, guesses)
         self.stats.guessed_tokens += int(guessed.sum())
         self.stats.right_tokens += int(right.sum())
         rows.computed[:n] += right
@@ -320,6 +308,38 @@ class Engine:
             certain = np.where(rows.alive[:n], lacking + right, 0)
             goes_on = rows.alive[:n] & ready & (rows.wanted[:n] == start + certain + 1)
             self.drafter.look_ahead(rows, slice(0, n), start, certain, hidden, goes_on)
+
+    def _write_on(
+        self,
+        going: np.ndarray,
+        hidden: torch.Tensor,
+        fed: np.ndarray,
+        known: np.ndarray,
+        guessed: np.ndarray,
+        guesses: np.ndarray,
+    ) -> tuple[np.ndarray, list[End]]:
+        """Write a token in the rows `going`, then another in those whose guess it was, and so on.
+
+        -> how many of each row's guesses were right, and the rows that ended, with the reason.
+        """
+        rows, right, ends = self.rows, np.zeros(len(known), np.int64), list[End]()
+        for depth in range(1 + guesses.shape[1]):
+            if not len(going):
+                break
+            self.stats.decode_tokens += len(going)
+            failed = self.writer.extend(rows, going, hidden[going, fed[going] - 1 + depth])
+            going = going[~np.isin(going, [row for row, _ in failed])]
+            over = self.writer.ended(rows, going)
+            ends += [(row, StopReason.ERROR, error) for row, error in failed] + [(*end, None) for end in over]
+            going = going[~np.isin(going, [row for row, _ in over]) & (depth < guessed[going])]
+            at = known[going] + depth
+            # Forced tokens may have come instead of one that was drawn: then the guesses are of no use any more.
+            as_guessed = (
+                rows.tokens[going, at] == guesses[going, min(depth, guesses.shape[1] - 1)] if len(going) else at
+            )
+            going = going[(rows.wanted[going] == at + 1) & (as_guessed > 0)]
+            right[going] += 1
+        return right, ends
 
     def _feed(self, part: slice, counts: np.ndarray) -> torch.Tensor:
         """Compute the next counts[i] tokens of each row of a part of the batch -> hidden [B,T,D]."""
