@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -25,7 +26,7 @@ from trivet.measure.memory import (
     serving_bytes,
     training_memory,
 )
-from trivet.measure.plan import Question, devices, price, training_devices, training_setting
+from trivet.measure.plan import Question, devices, find_training, price, training_devices, training_setting
 from trivet.measure.trial import FREED, ask, scale_down
 from trivet.measure.trial_run import STATUS
 from trivet.model import Routing, Transformer, ffn
@@ -200,6 +201,17 @@ def test_a_run_says_how_it_trains_and_the_command_line_more() -> None:
     assert training_setting(Question(context=999)) == Setting(length=999)
 
 
+def test_a_wrong_step_in_a_run_is_a_sentence(tmp_path: Path) -> None:
+    run = tmp_path / "mine.toml"
+    text = Path("configs/gsm8k.toml").read_text()
+    run.write_text(text)
+    assert find_training(str(run)) == {"rows": 8, "length": 512}
+    run.write_text(text.replace("rows = 8", "rows = 0"))
+    with pytest.raises(UserError, match=r"mine.toml \[train\].*rows"):
+        find_training(str(run))
+    assert find_training("qwen3-8b") is None
+
+
 @pytest.mark.parametrize(
     ("name", "shards", "says"),
     [("qwen3-8b", 2, "qwen3-8b: --expert-shards 2 needs experts"),
@@ -224,11 +236,12 @@ def test_what_is_too_large_is_scaled_down_and_said() -> None:
         assert len(small.layers) == kinds  # one of each kind stays
         assert changes[0] == f"layers {len(published(name).layers)} → {kinds}"
         assert small.layers[0].mixer.kind == published(name).layers[0].mixer.kind
-    assert scale_down(trial_spec("dense"), s, LAPTOP) == (trial_spec("dense"), s, [])
-    some = scale_down(trial_spec("dense"), s, LAPTOP | {"flops": 2e10})  # the same with less patience
-    assert some[2] == ["layers 4 → 1"] or some[2][0].startswith("layers 4")
-    with pytest.raises(UserError, match="too little"):
-        scale_down(trial_spec("dense"), s, LAPTOP | {"memory": 1e6})
+    dense, short = trial_spec("dense"), Setting(rows=2, length=512, precision="fp32", cpu=True)
+    assert scale_down(dense, short, LAPTOP) == (dense, short, [])
+    less = scale_down(dense, short, LAPTOP | {"flops": 3e9})  # no patience for all of it
+    assert less[2] and less[2][0].startswith("layers 4 → ")
+    with pytest.raises(UserError, match="more than half of the 0.001 GB"):
+        scale_down(dense, short, LAPTOP | {"memory": 1e6})
 
 
 @pytest.mark.parametrize("as_json", [True, False])

@@ -208,9 +208,13 @@ def _from_toml(path: Path) -> ModelSpec:
 
 
 def find_training(name: str) -> dict[str, Any] | None:
-    """The `[train]` beside a TOML's `[model]`; None for what is no run."""
+    """What the `[train]` beside a TOML's `[model]` says of a step; None for what is no run. UserError as in a run."""
     path = Path(name)
-    return _stage(path).get("train") if path.suffix == ".toml" else None
+    if path.suffix != ".toml" or "train" not in (stage := _stage(path)):
+        return None
+    said = {key: value for key, value in stage["train"].items() if key in Setting.model_fields}
+    validate(said, Setting, f"{path} [train]")
+    return said
 
 
 def _stage(path: Path) -> dict[str, Any]:

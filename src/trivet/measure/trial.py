@@ -127,8 +127,11 @@ def scale_down(spec: ModelSpec, s: Setting, can: dict[str, float]) -> tuple[Mode
     for cut in (fewer_layers, fewer_experts, smaller_vocab, fewer_rows, shorter_rows, narrower):
         while not fits(small, setting, can) and (done := cut(small, setting)) is not None:
             small, setting = done
-    if not fits(small, setting, can):
-        raise UserError(f"--measure: {can['memory'] / 1e9:.1f} GB of free memory are too little for even a small part.")
+    if need(small, setting) > SHARE * can["memory"]:
+        raise UserError(
+            f"--measure: even the smallest part of this model takes {need(small, setting) / 1e9:.2g} GB, more than "
+            f"half of the {can['memory'] / 1e9:.2g} GB that are free; take fewer --rows or a shorter --length."
+        )
     sizes = [
         ("layers", len(spec.layers), len(small.layers)),
         ("experts", most_experts(spec), most_experts(small)),
@@ -141,8 +144,11 @@ def scale_down(spec: ModelSpec, s: Setting, can: dict[str, float]) -> tuple[Mode
 
 
 def fits(spec: ModelSpec, s: Setting, can: dict[str, float]) -> bool:
-    most = max(training_memory(spec, s).peak, serving_bytes(spec, s))
-    return most <= SHARE * can["memory"] and roofline(spec, s, can)["train"] <= SECONDS
+    return need(spec, s) <= SHARE * can["memory"] and roofline(spec, s, can)["train"] <= SECONDS
+
+
+def need(spec: ModelSpec, s: Setting) -> int:
+    return max(training_memory(spec, s).peak, serving_bytes(spec, s))
 
 
 def most_experts(spec: ModelSpec) -> int:
