@@ -40,6 +40,23 @@ Budget = Annotated[
 ]
 NoThink = Annotated[bool, typer.Option("--no-think", help="Answer at once, with the thinking block closed.")]
 
+# A step of training, to `trivet plan`. What is not given is what the TOML's [train] says.
+Rows = Annotated[int | None, typer.Option(min=1, help="Rows of a device's microbatch. Default: the TOML's, or 1.")]
+Length = Annotated[int | None, typer.Option(min=1, help="Tokens of a row. Default: the TOML's, or --context.")]
+Precision = Annotated[
+    Literal["fp32", "bf16"] | None, typer.Option(help="Of products in training. Default: the TOML's, or bf16.")
+]
+Recompute = Annotated[
+    bool | None,
+    typer.Option("--recompute/--no-recompute", help="Activation checkpointing. Default: the TOML's, or not."),
+]
+Shards = Annotated[
+    int | None, typer.Option(min=1, help="Devices that share weights, gradients and optimizer (FSDP). Default: 1.")
+]
+ExpertShards = Annotated[
+    int | None, typer.Option(min=1, help="Divides experts further (EP): on shards x expert shards devices. Default: 1.")
+]
+
 
 @app.command()
 def run(config: ConfigFile, overrides: Overrides = None, out: Out = Path("runs/run"), device: Device = "auto") -> None:
@@ -160,33 +177,12 @@ def plan(
     batch: Annotated[
         int | None, typer.Option("--batch", min=1, help="Sequences in a step; default: what fits.")
     ] = None,
-    rows: Annotated[
-        int | None,
-        typer.Option("--rows", min=1, help="Rows of a device's microbatch in training; default: the TOML's, or 1."),
-    ] = None,
-    length: Annotated[
-        int | None, typer.Option("--length", min=1, help="Tokens of a row; default: the TOML's, or --context.")
-    ] = None,
-    precision: Annotated[
-        Literal["fp32", "bf16"] | None,
-        typer.Option("--precision", help="Of products in training; default: the TOML's, or bf16."),
-    ] = None,
-    recompute: Annotated[
-        bool | None,
-        typer.Option(
-            "--recompute/--no-recompute",
-            help="Activation checkpointing, as train.recompute; default: the TOML's, or not.",
-        ),
-    ] = None,
-    shards: Annotated[
-        int | None, typer.Option("--shards", min=1, help="Devices that share weights, gradients and optimizer (FSDP).")
-    ] = None,
-    expert_shards: Annotated[
-        int | None,
-        typer.Option(
-            "--expert-shards", min=1, help="Divides the experts further (EP): on shards x expert shards devices."
-        ),
-    ] = None,
+    rows: Rows = None,
+    length: Length = None,
+    precision: Precision = None,
+    recompute: Recompute = None,
+    shards: Shards = None,
+    expert_shards: ExpertShards = None,
     tokens: Annotated[float | None, typer.Option("--tokens", help="Tokens to train on, e.g. 15e12.")] = None,
     mfu: Annotated[
         float, typer.Option("--mfu", min=0.01, max=1.0, help="Share of the peak that training reaches.")

@@ -295,6 +295,7 @@ def serving_bytes(spec: ModelSpec, s: Setting) -> int:
 
 
 LIVE: dict[str, Callable[..., int]] = KEPT | {  # bytes a token that live at once without a backward pass
+    "gqa": lambda m, d, s: s.wide * d + _softmax_kept(m.heads, m.kv_heads, m.head_dim, m.head_dim, s),
     "lightning": lambda m, d, s: s.wide * d + 7 * FP32 * m.heads * m.head_dim,  # one chunk after the other
     "moe": lambda f, d, s: _moe_kept(f.model_copy(update={"shared_hidden": 0, "shared_gate": False}), d, s),
 }

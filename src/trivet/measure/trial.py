@@ -23,7 +23,7 @@ from trivet.spec import ModelSpec, MoE
 from trivet.spec.pattern import expand_pattern
 
 SHARE = 0.5  # of the free memory that a trial may plan to take
-SECONDS = 3.0  # a training step takes at most, by the roofline
+SECONDS = 1.0  # a training step takes at most, by the roofline
 SMALLEST_VOCAB, SHORTEST, NARROWEST = 8192, 512, 256
 FREED = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc: freed blocks go back at once, so that the peak is what lives
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_TOP_PAD_": str(2**26)}
