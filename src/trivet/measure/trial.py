@@ -23,7 +23,7 @@ from trivet.spec import ModelSpec, MoE
 from trivet.spec.pattern import expand_pattern
 
 SHARE = 0.5  # of the free memory that a trial may plan to take
-SECONDS = 1.0  # a training step takes at most, by the roofline
+SECONDS = 2.0  # a training step takes at most, by the roofline
 SMALLEST_VOCAB, SHORTEST, NARROWEST = 8192, 512, 256
 FREED = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc: freed blocks go back at once, so that the peak is what lives
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_TOP_PAD_": str(2**26)}
@@ -102,7 +102,7 @@ def roofline(spec: ModelSpec, s: Setting, can: dict[str, float]) -> dict[str, fl
         return max(flops / can["flops"], bytes_ / can["bytes_per_second"])
 
     return {
-        "train": at_best(work, moved - 3 * memory.weights) + at_best(muon_flops(spec), 3 * memory.weights),
+        "train": at_best(work, moved) + muon_flops(spec) / can["update_flops"],
         "prefill": at_best(prompt, weights),
         "decode": at_best(s.rows * spec.decode_flops_per_token(s.length), step),
     }

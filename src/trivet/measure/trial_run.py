@@ -83,10 +83,11 @@ def serve(spec: ModelSpec, setting: Setting, device: torch.device, repeats: int)
 def machine(spec: ModelSpec, setting: Setting, device: torch.device, repeats: int) -> dict[str, float]:
     """What this machine can do: FLOP/s of a large product, bytes/s of reading, and the memory that is free."""
     flops = 1e9 * measure_peak(device, setting.precision, 0.1 * repeats)
+    update = 1e9 * measure_peak(device, "bf16" if device.type == "cuda" else "fp32", 0.1 * repeats)  # as Muon has it
     seen = torch.ones(SEEN if repeats > 1 else 1, device=device)
     best = min(seconds(seen.sum, device) for _ in range(repeats))
     return {
-        "flops": flops, "bytes_per_second": seen.nbytes / best, "memory": free_bytes(device),
+        "flops": flops, "update_flops": update, "bytes_per_second": seen.nbytes / best, "memory": free_bytes(device),
         "cuda": device.type == "cuda",
     }  # fmt: skip
 
