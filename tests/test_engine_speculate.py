@@ -117,7 +117,7 @@ def test_drawn_tokens_follow_the_models_distribution() -> None:
             one = model.logits(model(torch.tensor([first.prompt])))[0, -1].topk(3)
             a = int(one.indices[i])
             two = model.logits(model(torch.tensor([[*first.prompt, a]])))[0, -1].topk(3)
-            p = float(one.values.softmax(-1)[i] * two.values.softmax(-1)[j])
+            share = float(one.values.softmax(-1)[i] * two.values.softmax(-1)[j])
             expected[a, int(two.indices[j])] = share * len(asked)
     assert set(counts) <= set(expected) and engine.stats.right_tokens > 100
     chi = sum((counts.get(k, 0) - e) ** 2 / e for k, e in expected.items())

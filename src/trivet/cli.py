@@ -40,6 +40,23 @@ Budget = Annotated[
 ]
 NoThink = Annotated[bool, typer.Option("--no-think", help="Answer at once, with the thinking block closed.")]
 
+# A step of training, to `trivet plan`. What is not given is what the TOML's [train] says.
+Rows = Annotated[int | None, typer.Option(min=1, help="Rows of a device's microbatch. Default: the TOML's, or 1.")]
+Length = Annotated[int | None, typer.Option(min=1, help="Tokens of a row. Default: the TOML's, or --context.")]
+Precision = Annotated[
+    Literal["fp32", "bf16"] | None, typer.Option(help="Of products in training. Default: the TOML's, or bf16.")
+]
+Recompute = Annotated[
+    bool | None,
+    typer.Option("--recompute/--no-recompute", help="Activation checkpointing. Default: the TOML's, or not."),
+]
+Shards = Annotated[
+    int | None, typer.Option(min=1, help="Devices that share weights, gradients and optimizer (FSDP). Default: 1.")
+]
+ExpertShards = Annotated[
+    int | None, typer.Option(min=1, help="Divides experts further (EP): on shards x expert shards devices. Default: 1.")
+]
+
 
 @app.command()
 def run(config: ConfigFile, overrides: Overrides = None, out: Out = Path("runs/run"), device: Device = "auto") -> None:
@@ -160,22 +177,32 @@ def plan(
     batch: Annotated[
         int | None, typer.Option("--batch", min=1, help="Sequences in a step; default: what fits.")
     ] = None,
-    shards: Annotated[int, typer.Option("--shards", min=1, help="Devices that share the training state (FSDP).")] = 1,
+    rows: Rows = None,
+    length: Length = None,
+    precision: Precision = None,
+    recompute: Recompute = None,
+    shards: Shards = None,
+    expert_shards: ExpertShards = None,
     tokens: Annotated[float | None, typer.Option("--tokens", help="Tokens to train on, e.g. 15e12.")] = None,
     mfu: Annotated[
         float, typer.Option("--mfu", min=0.01, max=1.0, help="Share of the peak that training reaches.")
     ] = 0.4,
     price: Annotated[float | None, typer.Option("--price", help="Price of a device an hour, in any currency.")] = None,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Run a training step, prefill and decoding here: predicted against measured."),
+    ] = False,
+    device: Device = "auto",
     plot: Annotated[Path | None, typer.Option("--plot", help="Write plots to this file (.png, .svg, .pdf).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     list_known: Annotated[bool, typer.Option("--list", help="List the known models.")] = False,
 ) -> None:
-    """Price models on paper, side by side: parameters, cache, FLOPs, limits of hardware, cost.
+    """Price models on paper, side by side: parameters, cache, FLOPs, training memory, limits of hardware, cost.
 
-    Reads no weights and needs no torch.
+    Reads no weights and, but for --measure, needs no torch.
     """
     from trivet.measure.plan import Question
-    from trivet.measure.plan_show import list_models, plan_models
+    from trivet.measure.plan_show import list_models, measure_models, plan_models
 
     if list_known:
         return list_models()
@@ -184,11 +211,17 @@ def plan(
     names = tuple(name for name in hardware.split(",") if name)
     if (tokens is not None or price is not None) and not names:
         raise UserError("--tokens and --price need --hardware, e.g. --hardware h100.")
+    if measure and (names or plot is not None or (shards or 1) * (expert_shards or 1) > 1):
+        raise UserError("--measure runs on this machine alone: leave --hardware, --plot and shards out.")
     given = {
-        "context": context, "generate": generate, "hardware": names, "batch": batch, "shards": shards,
+        "context": context, "generate": generate, "hardware": names, "batch": batch, "rows": rows, "length": length,
+        "precision": precision, "recompute": recompute, "shards": shards, "expert_shards": expert_shards,
         "tokens": tokens, "mfu": mfu, "price": price,
     }  # fmt: skip
-    plan_models(models, validate(given, Question, "trivet plan"), as_json, plot)
+    ask = validate(given, Question, "trivet plan")
+    if measure:
+        return measure_models(models, ask, device, as_json)
+    plan_models(models, ask, as_json, plot)
 
 
 # ------------------------------------------------------------------------------------------- helpers

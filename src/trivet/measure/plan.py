@@ -2,7 +2,8 @@
 
 Sizes and FLOPs are exact counts. What a device can do is a roofline: a step of decoding must read the
 weights that its batch meets and every sequence's cache, and must compute its products, whichever takes
-longer. Real kernels reach a part of that. Left out: activations, communication, quantised weights.
+longer. Real kernels reach a part of that. What training holds: `memory.py`. Left out: communication,
+quantised weights.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ import tomllib
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
 from trivet.config import UserError, nearest, read_toml, validate
 from trivet.hub import Described, known_model, known_names, read_config_file
+from trivet.measure.memory import Setting, training_memory
 from trivet.spec import Frozen, ModelSpec
 
 BF16, FP32 = 2, 4
 MOST_ROWS = 256  # of a step, where nobody says how many
-USABLE = 0.9  # of a device's memory: the rest is for activations and the runtime
+USABLE = 0.9  # of a device's memory: the rest is for the runtime, fragments and, in serving, activations
+MOST_DEVICES = 2**16
 
 
 class Question(Frozen):
@@ -32,7 +35,12 @@ class Question(Frozen):
     generate: int = Field(default=65_536, gt=0)
     hardware: tuple[str, ...] = ()
     batch: int | None = Field(default=None, gt=0)
-    shards: int = Field(default=1, gt=0)
+    rows: int | None = Field(default=None, gt=0)
+    length: int | None = Field(default=None, gt=0)
+    precision: Literal["fp32", "bf16"] | None = None
+    recompute: bool | None = None
+    shards: int | None = Field(default=None, gt=0)
+    expert_shards: int | None = Field(default=None, gt=0)
     tokens: float | None = Field(default=None, gt=0)
     mfu: float = Field(default=0.4, gt=0, le=1)
     price: float | None = Field(default=None, gt=0)
@@ -60,9 +68,16 @@ def find_device(name: str) -> Device:
 
 
 # --------------------------------------------------------------------------------------------- price
-def price(name: str, model: Described, ask: Question) -> dict[str, Any]:
-    """What one model costs. Bytes are of bf16 weights and caches and fp32 recurrent states."""
-    spec = model.spec
+def price(name: str, model: Described, ask: Question, train: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What one model costs. Bytes are of bf16 weights and caches and fp32 recurrent states.
+
+    train: the run's own `[train]`, where there is one; what is asked for goes before it.
+    """
+    spec, setting = model.spec, training_setting(ask, train)
+    try:
+        memory = training_memory(spec, setting)
+    except UserError as e:
+        raise UserError(f"{name}: {e}") from None
     row: dict[str, Any] = {
         "name": name,
         "context": ask.context,
@@ -78,13 +93,12 @@ def price(name: str, model: Described, ask: Question) -> dict[str, Any]:
         "generation_flops": spec.generation_flops(ask.generate),
         "generation_flops_absorbed": spec.generation_flops(ask.generate, absorbed=True),
         "training_flops_per_token": spec.training_flops_per_token(ask.context),
-        "training_state_bytes": training_state_bytes(spec),
-        "training_state_bytes_per_shard": -(-training_state_bytes(spec) // ask.shards),
+        "training": setting.model_dump(exclude={"cpu"}) | memory.row(),
         "notes": list(model.notes),
     }
     if ask.context > spec.context_length:
         row["notes"].append(f"{ask.context:,} tokens are more than the {spec.context_length:,} it is meant for")
-    row["hardware"] = [on_device(spec, device, ask) for device in ask.hardware]
+    row["hardware"] = [on_device(spec, device, ask, setting) for device in ask.hardware]
     return row
 
 
@@ -92,13 +106,24 @@ def sequence_bytes(spec: ModelSpec, context: int) -> int:
     return spec.cache_bytes_per_token(BF16) * context + spec.state_bytes(FP32)
 
 
-def training_state_bytes(spec: ModelSpec) -> int:
-    """fp32 weights and gradients, one moment for matrices (Muon), two for tables, routers and vectors (AdamW)."""
-    d, total = spec.d_model, spec.num_params()
-    modules = [*spec.layers, *[spec.layers[-1]] * spec.mtp]
-    matrices = sum(layer.mixer.matmul_params(d) + layer.ffn.matrix_params(d) for layer in modules)
-    matrices += spec.mtp * 2 * d * d
-    return FP32 * (total + total + matrices + 2 * (total - matrices))
+def training_setting(ask: Question, train: dict[str, Any] | None = None) -> Setting:
+    """How a step is made: as asked, else as the run says, else one row as long as the context, in bf16."""
+    run = {"length": ask.context} if train is None else {"precision": "fp32"} | train  # the trainer's own default
+    given = ask.model_dump(include=set(Setting.model_fields), exclude_none=True)
+    return Setting(**{**{key: run[key] for key in Setting.model_fields if key in run}, **given})
+
+
+def training_devices(spec: ModelSpec, device: Device, ask: Question, setting: Setting) -> int | None:
+    """How many devices, each with its rows, share the training state by FSDP until it fits. None: no number does."""
+    shards = ask.shards or 1
+    while shards * setting.expert_shards <= MOST_DEVICES:
+        tried = setting.model_copy(update={"shards": shards, "cpu": not device.joins})
+        if training_memory(spec, tried).peak <= USABLE * device.memory:
+            return shards * setting.expert_shards
+        if ask.shards is not None or not device.joins:
+            return None
+        shards *= 2
+    return None
 
 
 def step_seconds(spec: ModelSpec, device: Device, count: int, batch: int, context: int) -> tuple[float, float]:
@@ -110,8 +135,8 @@ def step_seconds(spec: ModelSpec, device: Device, count: int, batch: int, contex
     return (weights + caches) / (count * device.bytes_per_second), work / (count * device.flops)
 
 
-def on_device(spec: ModelSpec, name: str, ask: Question) -> dict[str, Any]:
-    """How many devices hold the model and one sequence, and the most that they can do."""
+def on_device(spec: ModelSpec, name: str, ask: Question, setting: Setting) -> dict[str, Any]:
+    """How many devices hold the model and one sequence, how many its training, and the most that they can do."""
     device, weights = find_device(name), BF16 * spec.main_params()
     sequence, count = sequence_bytes(spec, ask.context), 1
     while device.joins and weights + sequence > USABLE * count * device.memory:
@@ -120,6 +145,7 @@ def on_device(spec: ModelSpec, name: str, ask: Question) -> dict[str, Any]:
     batch = min(fits, MOST_ROWS) if ask.batch is None else ask.batch
     row: dict[str, Any] = {
         "device": name.lower(), "devices": count, "largest_batch": fits, "batch": batch, "fits": 0 < batch <= fits,
+        "training_devices": training_devices(spec, device, ask, setting),
     }  # fmt: skip
     if not row["fits"]:
         return row
@@ -177,10 +203,25 @@ def _from_json(path: Path) -> Described:
 
 def _from_toml(path: Path) -> ModelSpec:
     """The `[model]` of a TOML file, or of its first stage with one. A run leaves vocab_size to its tokenizer."""
+    table = _stage(path)
+    return validate({"vocab_size": _vocab(table), **table["model"]}, ModelSpec, f"{path} [model]")
+
+
+def find_training(name: str) -> dict[str, Any] | None:
+    """What the `[train]` beside a TOML's `[model]` says of a step; None for what is no run. UserError as in a run."""
+    path = Path(name)
+    if path.suffix != ".toml" or "train" not in (stage := _stage(path)):
+        return None
+    said = {key: value for key, value in stage["train"].items() if key in Setting.model_fields}
+    validate(said, Setting, f"{path} [train]")
+    return said
+
+
+def _stage(path: Path) -> dict[str, Any]:
     data = read_toml(path)
     for table in [data, *data.get("stages", {}).values()]:
         if "model" in table:
-            return validate({"vocab_size": _vocab(table), **table["model"]}, ModelSpec, f"{path} [model]")
+            return table
     raise UserError(f"{path} describes no model: it has no [model] table.")
 
 

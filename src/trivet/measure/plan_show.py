@@ -8,7 +8,17 @@ from typing import Any
 
 from trivet.config import UserError
 from trivet.hub import Described, catalog, known_names
-from trivet.measure.plan import Question, find_device, find_model, price, sequence_bytes, step_seconds
+from trivet.measure.plan import (
+    Question,
+    find_device,
+    find_model,
+    find_training,
+    price,
+    sequence_bytes,
+    step_seconds,
+    training_setting,
+)
+from trivet.measure.trial import try_out
 
 Rows = list[tuple[str, str, str]]
 SIZES: Rows = [
@@ -23,11 +33,19 @@ SIZES: Rows = [
     ("generation_flops", "FLOPs to write {generated_tokens:,}", "flops"),
     ("generation_flops_absorbed", "… MLA absorbed, as decoding does", "flops"),
     ("training_flops_per_token", "training FLOPs a token, rows of {context:,}", "flops"),
-    ("training_state_bytes", "training state: fp32, Muon and AdamW", "bytes"),
-    ("training_state_bytes_per_shard", "… a shard", "bytes"),
+]
+TRAINING: Rows = [
+    ("step", "training, a device: rows × length", "{}"),
+    ("weights", "… weights, fp32", "bytes"),
+    ("gradients", "… gradients, fp32", "bytes"),
+    ("optimizer", "… Muon and AdamW, fp32", "bytes"),
+    ("activations", "… activations", "bytes"),
+    ("peak", "… at its peak", "bytes"),
+    ("peak_in", "… which is in the", "{}"),
 ]
 LIMITS: Rows = [
     ("devices", "devices", "{:,}"),
+    ("training_devices", "devices to train on (FSDP)", "{:,}"),
     ("largest_batch", "sequences that fit", "{:,}"),
     ("single_tokens_per_second", "one stream, tok/s", "{:,.0f}"),
     ("batch", "batch", "{:,}"),
@@ -39,6 +57,8 @@ LIMITS: Rows = [
     ("training_device_hours", "training, hours", "{:,.0f}"),
     ("training_cost", "training, cost", "{:,.0f}"),
 ]
+SHARDS = {"accumulate": "microbatches", "shards": "shards", "expert_shards": "expert shards"}
+SPANS = {"train": "training step", "prefill": "reading the prompts", "decode": "one token a row"}
 UNITS = {"bytes": "B", "flops": "FLOP"}
 
 
@@ -47,7 +67,7 @@ def plan_models(names: list[str], ask: Question, as_json: bool, plot: Path | Non
     for device in ask.hardware:
         find_device(device)  # a wrong name is said before anything is printed
     models = {name: find_model(name) for name in names}
-    rows = [price(Path(name).name or name, model, ask) for name, model in models.items()]
+    rows = [price(Path(name).name or name, model, ask, find_training(name)) for name, model in models.items()]
     if plot is not None:
         draw(models, ask, plot)
     if as_json:
@@ -63,9 +83,9 @@ def plan_models(names: list[str], ask: Question, as_json: bool, plot: Path | Non
             continue
         if key == "generation_flops_absorbed" and all(row[key] == row["generation_flops"] for row in rows):
             continue
-        if key == "training_state_bytes_per_shard" and ask.shards == 1:
-            continue
         table.add_row(label.format(**rows[0]), *(show(row[key], how) for row in rows))
+    for key, label, how in TRAINING:
+        table.add_row(label, *(show((row["training"] | {"step": in_words(row["training"])})[key], how) for row in rows))
     console.print(table)
     if ask.hardware:
         found = [(row["name"], limits) for row in rows for limits in row["hardware"]]
@@ -79,9 +99,60 @@ def plan_models(names: list[str], ask: Question, as_json: bool, plot: Path | Non
             f"Limits by roofline at {ask.context:,} tokens of context, bf16, no communication: no kernel is faster.",
             style="dim", highlight=False,
         )  # fmt: skip
+        if any(limits["training_devices"] is None for _, limits in found):
+            console.print(
+                "No number of devices to train on: a device's activations do not fit, or its share of what --shards "
+                "divides, or a layer's experts when they are gathered; take fewer --rows, --recompute, --expert-shards or more --shards.",
+                style="dim", highlight=False,
+            )  # fmt: skip
     for row in rows:
         for note in row["notes"]:
             console.print(f"{row['name']}: {note}", style="dim", highlight=False)
+
+
+def in_words(step: dict[str, Any]) -> str:
+    """A training step as a person says it: 4 × 512, bf16, recomputed, 8 shards."""
+    shards = [f"{step[key]} {words}" for key, words in SHARDS.items() if step.get(key, 1) > 1]
+    words = [step["precision"], *["recomputed"] * step["recompute"], *shards]
+    return ", ".join([f"{step['rows']:,} × {step['length']:,}", *words])
+
+
+def measure_models(names: list[str], ask: Question, device: str, as_json: bool) -> None:
+    """Run each model, or what is left of it, on this machine; print what was predicted beside what was measured."""
+    from rich.console import Console
+    from rich.table import Table
+
+    models = {name: find_model(name) for name in names}
+    console, rows = Console(), []
+    for name, model in models.items():
+        setting = training_setting(ask, find_training(name))
+        label = Path(name).name or name
+        with Console(stderr=True).status(f"measuring {label}: about a minute"):
+            row = try_out(label, model.spec, setting, device)
+        rows.append(row)
+        if as_json:
+            continue
+        said = f"{row['params']:,} parameters, {in_words(row['setting'])}"
+        table = Table(f"{row['name']} on {row['device']}", "predicted", "measured", "ratio", box=None)
+        for kind, pair in row["memory"].items():
+            table.add_row(kind, *(show(pair[k], "bytes") for k in ("predicted", "measured")), f"{pair['ratio']:.2f}")
+        for kind, pair in row["seconds"].items():
+            numbers = (f"{pair[k]:.3g} s" for k in ("predicted", "measured"))
+            table.add_row(SPANS[kind], *numbers, f"{pair['ratio']:.1f}")
+        console.print(table)
+        cut = "Scaled down to fit: " + "; ".join(row["changes"]) + "." if row["changes"] else "The whole model."
+        notes = [
+            said + ". " + cut,
+            f"This machine: {show(row['flops'], 'flops')}/s in a large product, {show(row['bytes_per_second'], 'bytes')}/s read.",
+        ]
+        if "kept_bytes" in row:
+            notes.append(
+                f"Memory is what lives; `trivet train` on a CPU keeps what it freed: {show(row['kept_bytes'], 'bytes')}."
+            )
+        for note in notes:
+            console.print(note, style="dim", highlight=False)
+    if as_json:
+        print(json.dumps(rows, indent=1))
 
 
 def list_models() -> None:

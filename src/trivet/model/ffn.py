@@ -46,6 +46,18 @@ class Routing:
     loads: list[Tensor] = field(default_factory=list)
     balance: Tensor | float = 0.0
 
+    def next_replay(self, ffn: nn.Module) -> list[Tensor] | None:
+        """What the next layer must choose, if it is one that chooses."""
+        if self.replay is None or not isinstance(ffn, MoEFFN):
+            return None
+        return [self.replay[len(self.experts)]]
+
+    def take(self, notes: Routing) -> None:
+        """Add what one layer noted apart."""
+        self.experts += notes.experts
+        self.loads += notes.loads
+        self.balance = self.balance + notes.balance
+
 
 class DenseFFN(nn.Module):
     """down(silu(gate x) * up x); gate and up lie in one weight [2,F,D] so they are one product."""

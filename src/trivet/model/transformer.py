@@ -18,6 +18,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from trivet.model.attention import Attention
 from trivet.model.cache import LayerCache
@@ -59,6 +60,28 @@ class Layer(nn.Module):
 
 def norms_of(model: ModelSpec) -> Norms:
     return partial(RMSNorm, eps=model.norm_eps, centred=model.centred_norms)
+
+
+def run_layer(
+    layer: Layer, stream: Stream, layout: Layout, cache: LayerCache | None, routing: Routing | None, recompute: bool
+) -> Stream:
+    """One layer; with `recompute` its inside is not kept for the backward pass but computed there again.
+
+    Activation checkpointing (arXiv 1604.06174): only the stream between layers stays. Both runs are the same
+    operations, so gradients are equal to the bit; what the router notes is noted by the first run only.
+    """
+    if not recompute:
+        return layer(stream, layout, cache, routing)
+    replay = routing.next_replay(layer.ffn) if routing is not None else None
+
+    def inside(x: Tensor, r: Tensor) -> tuple[Stream, Routing]:
+        notes = Routing(replay=replay)
+        return layer((x, r), layout, None, notes), notes
+
+    stream, notes = checkpoint(inside, *stream, use_reentrant=False, preserve_rng_state=False)
+    if routing is not None:
+        routing.take(notes)
+    return stream
 
 
 def pre_norm(spec: PreNorm, stream: Stream, part: Part, norm: Part, which: str) -> Stream:
@@ -119,17 +142,20 @@ class Transformer(nn.Module):
         caches: Sequence[LayerCache] | None = None,
         span: int | None = None,
         routing: Routing | None = None,
+        recompute: bool = False,
     ) -> Tensor:
         """tokens [B,T] -> hidden [B,T,D] after the final norm.
 
         positions [B,T]: 0 starts a document, -1 is padding; None: every row is one document.
         caches: one a layer, rows 0..B-1 of which are read and written; None: the training path.
         span: with caches, the largest position of this call + 1; None: computed (one host sync).
+        recompute: keep for the backward pass only what flows between layers. Not with caches.
         """
         layout = self._layout(tokens, positions, caches is not None, span)
         stream = self._enter(self.embed[tokens])
         for i, layer in enumerate(self.layers):
-            stream = layer(stream, layout, caches[i] if caches is not None else None, routing)
+            cache = caches[i] if caches is not None else None
+            stream = run_layer(layer, stream, layout, cache, routing, recompute)  # type: ignore[arg-type]
         return self._leave(stream, self.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -141,7 +167,12 @@ class Transformer(nn.Module):
         return self.embed if self.head is None else self.head
 
     def mtp_hidden(
-        self, hidden: Tensor, tokens: Tensor, positions: Tensor | None = None, routing: Routing | None = None
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        routing: Routing | None = None,
+        recompute: bool = False,
     ) -> list[Tensor]:
         """One [B,T,D] per MTP module; entry k-1 at index i predicts token i+k+1 of its document.
 
@@ -154,7 +185,8 @@ class Transformer(nn.Module):
             shifted = F.pad(tokens[:, k:], (0, k))
             pair = torch.cat((module.embed_norm(self.embed[shifted]), module.hidden_norm(hidden)), -1)  # type: ignore[operator]
             stream = self._enter(module.eh_proj(pair))  # type: ignore[operator]
-            hidden = self._leave(module.layer(stream, layout, None, routing), module.norm)  # type: ignore[operator,arg-type]
+            stream = run_layer(module.layer, stream, layout, None, routing, recompute)  # type: ignore[arg-type]
+            hidden = self._leave(stream, module.norm)  # type: ignore[arg-type]
             outputs.append(hidden)
         return outputs
 

@@ -88,6 +88,7 @@ class RLConfig(Frozen):
     clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient; inf: never clip")
     rows: int = Field(default=16, gt=0, description="rows of a microbatch of the update")
     length: int = Field(default=256, gt=0, description="token slots of a row; the longest episode that fits")
+    recompute: bool = Field(default=False, description="activation checkpointing in the update, see TrainConfig")
     seed: int = Field(default=0, description="problems and episodes are hashes of it")
     mismatch_limit: float = Field(
         default=1e-3, gt=0, description="stop when KL(engine || trainer) a token exceeds this"
@@ -184,7 +185,7 @@ class _Run:
             "spec": model.spec.model_dump(mode="json"),
             "tasks": [[task.name, weight] for task, weight in tasks],
         }
-        for harmless in ("save_every_seconds", "tensorboard"):
+        for harmless in ("save_every_seconds", "tensorboard", "recompute"):
             del self.identity["rl"][harmless]
         self.step, self.seconds, self.metrics = 0, 0.0, {}
         self.journal = Journal(out / "metrics.jsonl")
@@ -325,7 +326,7 @@ class _Run:
 
     def _logprobs(self, model: Transformer, part: Packed, routing: Routing) -> tuple[Tensor, Tensor]:
         """log p and entropy [N] of the tokens that the model wrote, at the temperature they were sampled at."""
-        hidden = model(part.tokens, part.positions, routing=routing)  # [B,T,D]
+        hidden = model(part.tokens, part.positions, routing=routing, recompute=self.config.recompute)  # [B,T,D]
         return token_logprobs(hidden[part.wanted], model.head_weight, part.targets, self.config.temperature)
 
     def check_first(self, ratio: float, mismatch: float) -> None:

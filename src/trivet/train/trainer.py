@@ -62,6 +62,10 @@ class TrainConfig(Frozen):
     precision: Precision = Field(
         default="fp32", description="of products in the model; weights, optimizer and softmaxes stay fp32"
     )
+    recompute: bool = Field(
+        default=False,
+        description="activation checkpointing: layers are computed again in the backward pass; less memory, a third more work",
+    )
     clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient; inf: never clip")
     warmup: int = Field(default=0, ge=0, description="steps of linear warm-up")
     decay_share: float = Field(default=0.4, ge=0, le=1, description="last share of the run, in which the rate falls")
@@ -130,7 +134,11 @@ class StepSums:
 
 
 def backward(
-    model: Transformer, batches: Sequence[Batch], mtp_weight: float, precision: Precision = "fp32"
+    model: Transformer,
+    batches: Sequence[Batch],
+    mtp_weight: float,
+    precision: Precision = "fp32",
+    recompute: bool = False,
 ) -> StepSums:
     """Add the gradient of one step's loss, however its documents are spread over batches and rows."""
     total = sum(batch.count for batch in batches)
@@ -143,11 +151,11 @@ def backward(
     for batch, further in zip(batches, ahead, strict=True):
         routing = Routing()
         with products:
-            hidden = model(batch.tokens, batch.positions, routing=routing)
+            hidden = model(batch.tokens, batch.positions, routing=routing, recompute=recompute)
             loss = head_loss(hidden.flatten(0, 1), model.head_weight, batch.targets.flatten())[0] / total
             mtp = loss.new_zeros(())
             if depths:
-                outputs = model.mtp_hidden(hidden, batch.tokens, batch.positions, routing)
+                outputs = model.mtp_hidden(hidden, batch.tokens, batch.positions, routing, recompute)
                 for h, targets, n in zip(outputs, further, ahead_totals, strict=True):
                     mtp = mtp + head_loss(h.flatten(0, 1), model.head_weight, targets.flatten())[0] / max(n, 1) / depths
         balance = torch.as_tensor(routing.balance, device=loss.device) / len(batches)
@@ -172,7 +180,7 @@ class _Run:
         self.metrics: dict[str, Any] = {}
         self.totals = {"tokens": 0, "targets": 0, "slots": 0, "cut": 0}
         self.identity = {"train": config.model_dump(mode="json"), "spec": model.spec.model_dump(mode="json")}
-        for harmless in ("save_every_seconds", "tensorboard"):
+        for harmless in ("save_every_seconds", "tensorboard", "recompute"):  # of these no bit depends
             del self.identity["train"][harmless]
         self.journal = Journal(out / "metrics.jsonl")
         state = load_latest(out / "resume", self.identity)
@@ -196,9 +204,8 @@ class _Run:
         config = self.config
         torch.manual_seed(stable_hash(config.seed, self.step))
         packed = [next(self.batches) for _ in range(config.accumulate)]
-        self.sums = backward(
-            self.model, [batch.to(self.device) for batch in packed], config.mtp_weight, config.precision
-        )
+        batches = [batch.to(self.device) for batch in packed]
+        self.sums = backward(self.model, batches, config.mtp_weight, config.precision, config.recompute)
         self.norm = clip(self.optimizer.parameters(), config.clip)
         self.rate = schedule(self.step, config.steps, config.warmup, config.decay_share, config.final_lr, config.decay)
         self.optimizer.step(self.rate)
