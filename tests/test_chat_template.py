@@ -22,7 +22,7 @@ from test_cli_verbs import call
 from test_hub_configs import random_config
 from trivet.agent.loop import run_episode
 from trivet.chat import Chat
-from trivet.chat_template import TemplateChat
+from trivet.chat.template import TemplateChat
 from trivet.config import UserError
 from trivet.engine import Engine, EngineModel, Request
 from trivet.hub.checkpoint import load_any, load_pair
@@ -174,7 +174,7 @@ def test_a_model_without_tags_neither_thinks_nor_calls(tmp_path: Path) -> None:
     assert chat.render([Message("user", "?")], thinking=False, generate=True) == chat.render(
         [Message("user", "?")], generate=True
     )
-    with pytest.raises(UserError, match="no <tool_call> tags"):
+    with pytest.raises(UserError, match="no syntax that is known"):
         chat.render([Message("user", "?")], [PLUS], generate=True)
     with pytest.raises(UserError, match="no such role: tool"):
         chat.render([Message("user", "?"), Message("tool", "2")], generate=True)

@@ -17,12 +17,13 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call the model wrote. `error` says why its text could not be understood (then no run)."""
+    """A call the model wrote, as `text`. `error` says why that could not be understood (then no run)."""
 
     id: str
     name: str
     arguments: Mapping[str, Any]
     error: str | None = None
+    text: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

@@ -263,13 +263,20 @@ class Engine:
             self._finish(self._rows[row], reason)
         for live in self._watched:
             if live.row >= 0 and self.alive[live.row]:
-                text = chat.decode(self._written(live.row))
-                if any(stop in text for stop in live.request.sampling.stop):
-                    self._finish(live, StopReason.STOP_STRING)
+                written = self._written(live.row)
+                if live.request.stop_on_tool and chat.closes_call(written):
+                    self._finish(live, StopReason.TOOL_CALL)
+                elif stops := live.request.sampling.stop:
+                    text = chat.decode(written)
+                    if any(stop in text for stop in stops):
+                        self._finish(live, StopReason.STOP_STRING)
 
     @property
     def _watched(self) -> list[Live]:
-        return [live for live in self._rows if live is not None and live.request.sampling.stop]
+        """The rows whose text must be read to know whether they go on."""
+        calls = self.chat.tool_close_id < 0 and bool(self.chat.markers.tool_close)
+        asked = [live for live in self._rows if live is not None]
+        return [live for live in asked if live.request.sampling.stop or (calls and live.request.stop_on_tool)]
 
     def _written(self, row: int) -> list[int]:
         return self.tokens[row, self.prompt_length[row] : self.wanted[row]].tolist()

@@ -67,6 +67,11 @@ class Limits:
         ):
             if not good:
                 raise UserError(f"Sampling: {name} = {value!r} is out of range.")
+        if s.thinking is not None and chat.thinks == "never":
+            raise UserError(
+                f"thinking = {s.thinking!r} can't be kept: this model's vocabulary has no thinking tags, so nothing tells "
+                "thought from answer. Leave the budget (and --no-think) out."
+            )
         if not request.prompt:
             raise UserError("A request needs at least one prompt token.")
         if len(request.prompt) >= slots:

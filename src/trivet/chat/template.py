@@ -5,28 +5,29 @@ Same text, same ids, with three differences that training and safety need:
 * a user who types `<|im_end|>` sends the plain characters, in any part of the conversation;
 * what a model wrote stays its own ids: the conversation so far is the completion's prompt and tokens, and
   only what comes after it is rendered (many templates drop earlier reasoning; here the model saw it);
-* the template's switch `enable_thinking` is used where there is one, else an empty thought is appended.
+* the template's switch for thinking is used where there is one, else an empty thought is appended.
 
-Thinking and tool tags are those of the vocabulary, if each is one token. A loss belongs to what the last
-message says, since templates in this form do not mark what the assistant wrote.
+What the template takes, and how it writes tool calls, is found out by `probe.look`. A tag that is no token of
+the vocabulary is looked for in the text. A loss belongs to what the last message says, since templates in this
+form do not mark what the assistant wrote.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
-from datetime import datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from trivet.chat import Chat, Markers, Rendered, Splitter
+from trivet.chat.chat import Chat, Markers, Rendered, Thinks
+from trivet.chat.probe import Found, Jinja, dress, look, view
+from trivet.chat.syntax import SYNTAXES
 from trivet.config import UserError, validate
-from trivet.messages import Message, ToolSpec
+from trivet.messages import Message, ToolCall, ToolSpec
 
 GAP = "\ue006"  # stands inside a tag that somebody typed, so that it is none
 # Qwen3's own words for an ended thought (its documentation, "thinking budget").
@@ -35,11 +36,12 @@ CLOSING = (
 )
 MARK = "\ue007"  # where an earlier answer stood
 OURS = re.compile(f"[{GAP}{MARK}]")
-EARLIER = (Message("user", "?"), Message("assistant", MARK))
 
 
 class TemplateChat(Chat):
     """`named`: the special tokens that templates refer to, such as bos_token."""
+
+    strips = True
 
     def __init__(self, tokenizer: Tokenizer, template: str, markers: Markers, named: dict[str, str]) -> None:
         self._tag_ids = {t.content: id for id, t in tokenizer.get_added_tokens_decoder().items()}
@@ -47,11 +49,12 @@ class TemplateChat(Chat):
         self._tags = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self.named = named
         super().__init__(tokenizer, template, markers)
-        self._switch = "enable_thinking" in template
+        self.jinja = Jinja(self._compiled, named)
+        self.found: Found = look(self.jinja, markers.end)
 
     @classmethod
     def read(cls, directory: Path, tokenizer: Tokenizer, config: dict[str, Any]) -> TemplateChat:
-        """From tokenizer.json and tokenizer_config.json. Raises UserError where the template is missing."""
+        """From tokenizer.json and tokenizer_config.json. Raises UserError where the template is missing or mute."""
         file = Path(directory) / "chat_template.jinja"
         template = file.read_text() if file.is_file() else config.get("chat_template")
         if not isinstance(template, str):
@@ -66,27 +69,37 @@ class TemplateChat(Chat):
             raise UserError(f"{str(directory)!r}: tokenizer_config.json names no eos_token, so no turn would end.")
         if "trivet" in config:
             return cls(tokenizer, template, validate(config["trivet"], Markers, f"{directory} trivet"), named)
-
-        def known(*tags: str) -> bool:
-            return all(tokenizer.token_to_id(tag) is not None for tag in tags)
-
-        tags: dict[str, str] = {"end": named["eos_token"], "closing_message": CLOSING}
-        for role in ("think", "tool"):
-            opening, closing = {"think": ("<think>", "</think>"), "tool": ("<tool_call>", "</tool_call>")}[role]
-            there = known(opening, closing)
-            tags |= {f"{role}_open": opening if there else "", f"{role}_close": closing if there else ""}
-        return cls(tokenizer, template, Markers(**tags, tool_syntax="json", transformers=True), named)
+        bare = Markers(end=named["eos_token"], closing_message=CLOSING, tool_open="", tool_close="", tool_syntax="json",
+                       transformers=True)  # fmt: skip
+        chat = cls(tokenizer, template, bare, named)
+        if not chat.found.shows:
+            raise UserError(f"The chat template of {str(directory)!r} does not show what is said to the model.")
+        if chat.found.syntax is not None:
+            row = SYNTAXES[chat.found.syntax]
+            tags = {"tool_syntax": chat.found.syntax, "tool_open": row.open, "tool_close": row.close}
+            chat.use(bare.model_copy(update=tags))
+        return chat
 
     def config(self) -> dict[str, Any]:
         return super().config() | self.named
 
     def environment(self) -> ImmutableSandboxedEnvironment:
-        made = super().environment()
-        made.add_extension("jinja2.ext.loopcontrols")
-        made.globals["raise_exception"] = _refuse
-        made.globals["strftime_now"] = lambda how: datetime.now().strftime(how)
-        made.filters["tojson"] = _tojson
-        return made
+        return dress(super().environment())
+
+    def _one(self, marker: str) -> int:
+        """Its id; -1 where the vocabulary has no such token, and the tag is looked for in the text."""
+        id = self.tokenizer.token_to_id(marker) if marker else None
+        if id is None and marker == self.markers.end:
+            raise UserError(f"The eos_token {marker!r} is no token of the vocabulary, so no turn would end.")
+        return -1 if id is None else id
+
+    @cached_property
+    def thinks(self) -> Thinks:
+        """A prompt that opens a thought, whatever it is asked for, is of a model that always thinks."""
+        if self.think_close_id < 0:
+            return "never"
+        opened = not self.found.switch and self._opens(self.text([Message("user", "?")], (), True, True))
+        return "always" if opened else "can"
 
     # --- conversation -> ids ---------------------------------------------------------------------
     def render(
@@ -96,9 +109,16 @@ class TemplateChat(Chat):
         thinking: bool = True,
         generate: bool = False,
     ) -> Rendered:
-        """See Chat.render. Raises UserError where the template refuses, or tools have no tags."""
-        if tools and self.tool_open_id < 0:
-            raise UserError("This model's vocabulary has no <tool_call> tags, so it can't be offered tools.")
+        """See Chat.render. Raises UserError where the template refuses, or can't offer tools."""
+        if tools and not self.markers.tool_open:
+            raise UserError(
+                "This checkpoint's chat template writes tool calls in no syntax that is known, so it can't be offered tools."
+            )
+        if tools and not self.found.tells_tools:
+            raise UserError(
+                "This checkpoint's chat template leaves out the tools it is given, so offering them would do nothing; "
+                "describe them in a system message, or bring a chat_template.jinja that lists them."
+            )
         wrote = [i for i, m in enumerate(messages) if m.completion is not None]
         if wrote:
             return self._continued(messages, wrote[-1], tools, thinking, generate)
@@ -124,58 +144,70 @@ class TemplateChat(Chat):
         known = before.ids == list(completion.prompt_tokens)
         mask = [*(before.mask if known else [False] * len(completion.prompt_tokens)), *completion.sampled]
         ids = [*completion.prompt_tokens, *completion.tokens]
-        _, mark, after = self.text([*EARLIER, *messages[at + 1 :]], tools, thinking, generate).partition(MARK)
-        if not mark:
-            raise UserError("This chat template drops earlier turns, so a conversation can't go on token by token.")
+        after = self._after(messages, at, tools, thinking, generate)
         if completion.tokens[-1:] == (self.end_id,):
             after = after.removeprefix(self.markers.end)
         new = self._ids(after)
         return Rendered([*ids, *new], [*mask, *[False] * len(new)])
 
+    def _after(
+        self, messages: Sequence[Message], at: int, tools: Sequence[ToolSpec], thinking: bool, generate: bool
+    ) -> str:
+        """What the template writes after message `at`, in whose place a stand-in is rendered."""
+        later = self._views(messages)[at + 1 :]
+        stand_ins = [Message("assistant", MARK)]
+        if messages[at].tool_calls and later and later[0]["role"] == "tool":  # some refuse a result without a call
+            call = messages[at].tool_calls[-1]
+            stand_ins.insert(0, Message("assistant", tool_calls=(ToolCall(call.id, call.name or "?", {MARK: MARK}),)))
+        for stand_in in stand_ins:
+            earlier = [Message("user", "?"), stand_in]
+            views = [view(earlier, i, self.found.form, lambda text: text) for i in range(2)]
+            text = self._prompt([*views, *later], tools, thinking, generate)
+            _, marked, after = text.rpartition(MARK)
+            if marked and stand_in.tool_calls:
+                close = self.markers.tool_close
+                _, marked, after = after.partition(close or self.markers.end)
+                after = after if close else self.markers.end + after
+            if marked:
+                return after
+        raise UserError("This chat template drops earlier turns, so a conversation can't go on token by token.")
+
     def text(self, messages: Sequence[Message], tools: Sequence[ToolSpec], thinking: bool, generate: bool) -> str:
         """The conversation as text, in which typed tags have a gap."""
-        offered = [
-            {"type": "function", "function": {"name": t.name, "description": t.description, "parameters": t.parameters}}
-            for t in tools
-        ]
-        try:
-            text = self._compiled.render(
-                messages=[self._plain(m) for m in messages], tools=offered or None, add_generation_prompt=generate,
-                enable_thinking=thinking, **self.named,
-            )  # fmt: skip
-        except TemplateError as e:
-            raise UserError(f"The chat template can't render this conversation: {e}.") from None
-        if generate and not thinking and not self._switch and self.think_open_id >= 0:
-            opened = text.rstrip("\n").endswith(self.markers.think_open)
-            text += (
-                f"\n{self.markers.think_close}\n\n"
-                if opened
-                else f"{self.markers.think_open}\n\n{self.markers.think_close}\n\n"
-            )
+        return self._prompt(self._views(messages), tools, thinking, generate)
+
+    def _prompt(
+        self, views: Sequence[dict[str, Any]], tools: Sequence[ToolSpec], thinking: bool, generate: bool
+    ) -> str:
+        text = self.jinja.text(views, tools, thinking, generate)
+        if generate and not thinking and not self.found.switch and self.think_open_id >= 0:
+            m = self.markers
+            if self._opens(text):
+                return f"{text}\n{m.think_close}\n\n"
+            if not views or views[-1]["role"] != "tool":  # after a result its turn goes on, and was shut when it began
+                return f"{text}{m.think_open}\n\n{m.think_close}\n\n"
         return text
 
+    def _opens(self, text: str) -> bool:
+        return text.rstrip("\n").endswith(self.markers.think_open)
+
     def _written(self, m: Message, asked: str) -> str:
-        opened = asked.rstrip("\n").endswith(self.markers.think_open)
-        if not opened:
+        if not self._opens(asked):
             raise UserError("This chat template writes a question otherwise before its answer than with it.")
         return f"{self._typed(m.reasoning or '')}\n{self.markers.think_close}\n\n{self._typed(m.content)}"
 
-    def _plain(self, m: Message) -> dict[str, Any]:
-        content = m.content if m is EARLIER[1] else self._typed(m.content)
-        view: dict[str, Any] = {"role": m.role, "content": content}
-        if m.reasoning is not None:
-            view["reasoning_content"] = self._typed(m.reasoning)
-        if m.tool_calls:
-            view["tool_calls"] = [
-                {"type": "function", "id": c.id, "function": {"name": c.name, "arguments": dict(c.arguments)}}
-                for c in m.tool_calls
-            ]
-        if m.tool_call_id is not None:
-            view["tool_call_id"] = m.tool_call_id
-        return view
+    def _views(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        return [view(messages, i, self.found.form, self._typed) for i in range(len(messages))]
 
-    def _typed(self, text: str) -> str:
-        return self._tags.sub(lambda tag: tag[0][0] + GAP + tag[0][1:], OURS.sub("", text))
+    def _typed(self, value: Any) -> Any:
+        """A text, or what is made of texts, in which no tag is one."""
+        if isinstance(value, dict):
+            return {self._typed(k): self._typed(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [self._typed(v) for v in value]
+        if not isinstance(value, str):
+            return value
+        return self._tags.sub(lambda tag: tag[0][0] + GAP + tag[0][1:], OURS.sub("", value))
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -188,23 +220,3 @@ class TemplateChat(Chat):
 
     def _between(self, text: str) -> list[int]:
         return [token for piece in text.split(GAP) for token in self._encode(self._literal, piece)]
-
-    # --- ids -> message --------------------------------------------------------------------------
-    def splitter(self, thinking: bool = False) -> Splitter:
-        return _Stripped(self, thinking)
-
-
-class _Stripped(Splitter):
-    """The line breaks between a tag and its text are the template's, not the model's words."""
-
-    def message(self) -> Message:
-        reasoning = None if self.reasoning is None else self.reasoning.strip("\n")
-        return Message("assistant", self.content.strip("\n"), reasoning, tuple(self.calls))
-
-
-def _refuse(why: str) -> NoReturn:
-    raise TemplateError(why)
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, default=dict)
