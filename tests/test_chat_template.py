@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from chat_templates import QWEN3
 from test_cli_verbs import call
 from test_hub_configs import random_config
 from trivet.agent.loop import run_episode
@@ -29,27 +31,6 @@ from trivet.hub.checkpoint import load_any, load_pair
 from trivet.messages import Completion, Message, Sampling, StopReason, ToolCall, ToolSpec
 
 transformers = pytest.importorskip("transformers")
-QWEN3 = r"""
-{%- if tools %}{{- '<|im_start|>system\n' }}
-{%- if messages[0].role == 'system' %}{{- messages[0].content + '\n\n' }}{%- endif %}
-{{- "# Tools\n\n<tools>" }}{%- for tool in tools %}{{- "\n" }}{{- tool | tojson }}{%- endfor %}{{- "\n</tools><|im_end|>\n" }}
-{%- elif messages[0].role == 'system' %}{{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{%- endif %}
-{%- set ns = namespace(last=messages|length - 1, looking=true) %}
-{%- for message in messages[::-1] %}{%- set index = (messages|length - 1) - loop.index0 %}
-{%- if ns.looking and message.role == 'user' %}{%- set ns.looking = false %}{%- set ns.last = index %}{%- endif %}{%- endfor %}
-{%- for message in messages %}
-{%- if message.role == 'user' %}{{- '<|im_start|>user\n' + message.content + '<|im_end|>\n' }}
-{%- elif message.role == 'assistant' %}{%- set reasoning = message.reasoning_content if message.reasoning_content is string else '' %}
-{{- '<|im_start|>assistant\n' }}
-{%- if loop.index0 > ns.last and (loop.last or reasoning) %}{{- '<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' }}{%- endif %}
-{{- message.content }}
-{%- for call in message.tool_calls or [] %}{{- '\n<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}{{- call.function.arguments | tojson }}{{- '}\n</tool_call>' }}{%- endfor %}
-{{- '<|im_end|>\n' }}
-{%- elif message.role == 'tool' %}{{- '<|im_start|>user\n<tool_response>\n' + message.content + '\n</tool_response><|im_end|>\n' }}
-{%- endif %}{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}
-{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}{%- endif %}
-"""
 R1 = r"""{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|im_start|>user{{ m.content }}{% elif m.role == 'assistant' %}<|im_start|>assistant{{ m.content.split('</think>')[-1] }}<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant<think>
 {% endif %}"""
 LLAMA3 = r"""{{- bos_token }}{%- for m in messages %}{%- if m.role not in ['system', 'user', 'assistant'] %}{{- raise_exception('no such role: ' + m.role) }}{%- endif %}{{- '<|im_start|>' + m.role + '\n\n' + m.content | trim + '<|im_end|>' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n\n' }}{%- endif %}"""
@@ -58,7 +39,8 @@ TAGS = ["<|im_start|>", "<|im_end|>", "<|begin|>", "<think>", "</think>", "<tool
 PLUS = ToolSpec("plus", "Add two numbers.", {"type": "object", "properties": {"a": {"type": "integer"}}})
 
 
-def folder_of(path: Path, template: str, tags: list[str] = TAGS) -> Path:
+def folder_of(path: Path, template: str, tags: Sequence[str] = TAGS, end: str = "<|im_end|>",
+              bos: str = "<|begin|>") -> Path:  # fmt: skip
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -67,9 +49,9 @@ def folder_of(path: Path, template: str, tags: list[str] = TAGS) -> Path:
         vocab_size=340, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(["the user asks and the assistant answers the user"] * 5, trainer)
-    tokenizer.add_tokens([AddedToken(t, special=t.startswith("<|"), normalized=False) for t in tags])
+    tokenizer.add_tokens([AddedToken(t, special=not t.strip("</>").isidentifier(), normalized=False) for t in tags])
     tokenizer.save(str(path / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>", "eos_token": "<|im_end|>",
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": end,
               "chat_template": template}  # fmt: skip
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     return path

@@ -55,7 +55,8 @@ class Found:
     syntax: Name | None
     shows: bool  # what is said is in the text
     tells_tools: bool  # the tools that are offered are in the text
-    switch: bool  # thinking or not changes the prompt
+    prompt: str  # of a question, with thinking; "" where the template refuses one
+    switch: bool  # thinking or not changes it
 
 
 class Jinja:
@@ -141,13 +142,15 @@ def look(jinja: Jinja, end: str) -> Found:
     plain = [Message("user", ASKED), Message("assistant", SAID), Message("user", RESULT)]
     parts = next((p for p in (False, True) if _all_in(_try(jinja, plain, Form(parts=p)), ASKED, SAID, RESULT)), None)
     forms = [Form(parts or False, *rest) for rest in itertools.product((False, True), repeat=3)]
-    form, syntax = next(((f, name) for f in forms if (name := _read_back(jinja, f, end)) is not None), (forms[0], None))
+    read = [(f, name, length) for f in forms for name, length in _read_back(jinja, f, end)]
+    # The shortest text: some templates write an empty turn beside a call whose content is "".
+    form, syntax, _ = min(read, key=lambda found: found[2], default=(forms[0], None, 0))
     asked = _try(jinja, plain[:1], form, generate=True)
     told = _try(jinja, plain[:1], form, [TOOL], generate=True)
     if syntax is None:
         syntax = next((n for n, s in SYNTAXES.items() if s.named and _all_in(told, s.open, s.told, TOOL.name)), None)
     return Found(
-        form, syntax, shows=parts is not None or asked == "", tells_tools=_all_in(told, TOOL.name),
+        form, syntax, shows=parts is not None or asked == "", tells_tools=_all_in(told, TOOL.name), prompt=asked,
         switch=asked != _try(jinja, plain[:1], form, generate=True, thinking=False),
     )  # fmt: skip
 
@@ -164,24 +167,20 @@ def _all_in(text: str, *words: str) -> bool:
     return all(word in text for word in words)
 
 
-def _read_back(jinja: Jinja, form: Form, end: str) -> Name | None:
-    """The syntax in which the template writes a call."""
-    asked = [
-        Message("user", ASKED),
-        Message("assistant", tool_calls=(CALL,)),
-        Message("tool", RESULT, tool_call_id=CALL.id),
-    ]
-    text = _try(jinja, asked, form)
+def _read_back(jinja: Jinja, form: Form, end: str) -> list[tuple[Name, int]]:
+    """The syntaxes in which the template writes a call, at most one, with the length of the text."""
+    question, call = Message("user", ASKED), Message("assistant", tool_calls=(CALL,))
+    text = _try(jinja, [question, call, Message("tool", RESULT, tool_call_id=CALL.id)], form)
     if not _all_in(text, ASKED, RESULT):
-        return None
-    return next((name for name, s in SYNTAXES.items() if s.named and _block_reads(s, text, end)), None)
+        return []
+    prompt = _try(jinja, [question], form, generate=True)
+    return [(name, len(text)) for name, s in SYNTAXES.items() if s.named and _block_reads(s, text, prompt, end)][:1]
 
 
-def _block_reads(syntax: Syntax, text: str, end: str) -> bool:
+def _block_reads(syntax: Syntax, text: str, prompt: str, end: str) -> bool:
     _, opened, block = text.rpartition(syntax.open)
-    if not opened and syntax.start:
-        _, opened, block = text.rpartition(syntax.start)
-        block = opened + block
+    if not opened and syntax.start and text.startswith(prompt + syntax.start):  # as the answer's very first words
+        opened, block = syntax.start, text[len(prompt) :]
     block = block.partition(syntax.close or end)[0]
     found = read_calls(syntax, block, 0, [TOOL]) if opened else []
     return [(c.name, dict(c.arguments)) for c in found if not c.error] == [(CALL.name, dict(CALL.arguments))]

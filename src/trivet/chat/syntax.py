@@ -14,12 +14,13 @@ the calls out; then their arguments are JSON, or a second pattern cuts out param
     | minimax-lines | MiniMax-M1                       | {"name": N, "arguments": {...}}, one a line               |
     | minimax-xml   | MiniMax-M2                       | <invoke name="N"> <parameter name="K">V</parameter> </invoke> |
     | mistral       | Mistral since v3                 | [{"name": N, "arguments": {...}}, ...]                    |
+    | mistral-args  | Mistral since v11                | N[ARGS]{...}                                              |
     | llama         | Llama 3.1 to 3.3                 | {"name": N, "parameters": {...}}, often without a tag     |
 
 How results go back is in the checkpoint's template, which renders them (see template.py). Nothing here
 raises because of what a model wrote, and nothing it wrote is lost: what can't be understood becomes a
 `ToolCall` with `error`, and every call keeps its `text`. Not read: several rows in one vocabulary, Llama's
-built-in tools (`brave_search.call(...)`), Mistral's later `[TOOL_CALLS]name[ARGS]{...}`.
+built-in tools (`brave_search.call(...)`).
 """
 
 from __future__ import annotations
@@ -34,7 +35,16 @@ from typing import Any, Literal, NoReturn
 from trivet.messages import ToolCall, ToolSpec
 
 Name = Literal[
-    "bare", "json", "qwen-xml", "deepseek", "deepseek-v3.1", "minimax-lines", "minimax-xml", "mistral", "llama"
+    "bare",
+    "json",
+    "qwen-xml",
+    "deepseek",
+    "deepseek-v3.1",
+    "minimax-lines",
+    "minimax-xml",
+    "mistral",
+    "mistral-args",
+    "llama",
 ]
 KEYS = {"name", "arguments", "parameters", "id", "type"}  # of a call in JSON; others would be lost
 
@@ -89,6 +99,14 @@ SYNTAXES: dict[Name, Syntax] = {
         "<minimax:tool_call>", "</minimax:tool_call>", told="<invoke name=",
         call=_pattern(r'<invoke name="(?P<name>[^"\n]*)">(?P<body>.*?)</invoke>'),
         parameter=_pattern(r'<parameter name="(?P<key>[^"\n]*)">(?P<value>.*?)</parameter>'),
+    ),
+    "mistral-args": Syntax(
+        "[TOOL_CALLS]",
+        "",
+        told="[ARGS]",
+        call=_pattern(
+            r"(?:\[TOOL_CALLS\])?(?P<name>[^\[\]{}\s]+)(?:\[CALL_ID\]\w+)?\[ARGS\](?P<body>.*?)(?=\[TOOL_CALLS\]|\Z)"
+        ),
     ),
     "mistral": Syntax("[TOOL_CALLS]", "", told="[AVAILABLE_TOOLS]"),
     "llama": Syntax("<|python_tag|>", "", start='{"name"', told='"parameters"'),
@@ -146,17 +164,19 @@ def _cut(pattern: re.Pattern[str], text: str) -> Iterator[tuple[str, re.Match[st
 # ------------------------------------------------------------------------------------------ JSON calls
 def _json_pieces(block: str) -> Iterator[tuple[str, Any]]:
     """The JSON objects of a block, written one after another or as a list; the rest of it with None."""
-    inner = re.fullmatch(r"\s*\[(.*)\]\s*", block, re.DOTALL)
-    text = block if inner is None else inner[1]
-    at = 0
+    text, between, at = block.strip(), "", 0
+    whole = text
+    if text.startswith("[") and text.endswith("]"):
+        text, between = text[1:-1], ","
     while text[at:].strip():
-        between = "," if at and inner else ""
-        start = at + len(text[at:]) - len(text[at:].lstrip().removeprefix(between).lstrip())
+        start = at + len(text[at:]) - len(text[at:].lstrip().removeprefix(between if at else "").lstrip())
         try:
-            value, at = DECODER.raw_decode(text, start)
+            value, end = DECODER.raw_decode(text, start)
         except (ValueError, RecursionError):
-            value, at = None, len(text)
-        yield text[start:at], value
+            yield text[start:] if at else whole, None
+            return
+        yield text[start:end], value
+        at = end
 
 
 def _named(value: Any) -> tuple[str, dict[str, Any]]:

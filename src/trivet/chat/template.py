@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +92,12 @@ class TemplateChat(Chat):
             raise UserError(f"The eos_token {marker!r} is no token of the vocabulary, so no turn would end.")
         return -1 if id is None else id
 
-    @cached_property
+    @property
     def thinks(self) -> Thinks:
         """A prompt that opens a thought, whatever it is asked for, is of a model that always thinks."""
         if self.think_close_id < 0:
             return "never"
-        opened = not self.found.switch and self._opens(self.text([Message("user", "?")], (), True, True))
-        return "always" if opened else "can"
+        return "always" if self._opens(self.found.prompt) and not self.found.switch else "can"
 
     # --- conversation -> ids ---------------------------------------------------------------------
     def render(
@@ -130,7 +128,12 @@ class TemplateChat(Chat):
         if text.startswith(asked):
             answer, end, after = text[len(asked) :].rpartition(self.markers.end)
         else:  # the prompt opens a thought that the template drops from what is past: written as the model would
-            answer, end, after = self._written(messages[-1], asked), self.markers.end, ""
+            answer, end, after = self._written(messages[-1], asked, text).rpartition(self.markers.end)
+        if not end:
+            raise UserError(
+                f"The chat template closes an answer without the eos_token {self.markers.end!r}, so no model would learn to "
+                "stop; let eos_token in tokenizer_config.json be the tag that ends a turn."
+            )
         prompt, said, rest = self._ids(asked), self._ids(answer + end), self._ids(after)
         return Rendered([*prompt, *said, *rest], [False] * len(prompt) + [True] * len(said) + [False] * len(rest))
 
@@ -191,10 +194,15 @@ class TemplateChat(Chat):
     def _opens(self, text: str) -> bool:
         return text.rstrip("\n").endswith(self.markers.think_open)
 
-    def _written(self, m: Message, asked: str) -> str:
-        if not self._opens(asked):
+    def _written(self, m: Message, asked: str, text: str) -> str:
+        """What stands in `text` after the question, with the thought in front that the prompt `asked` opens."""
+        opening, closing = self.markers.think_open, self.markers.think_close
+        question, opened, line = asked.rpartition(opening)
+        if not opened or line.strip("\n") or not text.startswith(question):
             raise UserError("This chat template writes a question otherwise before its answer than with it.")
-        return f"{self._typed(m.reasoning or '')}\n{self.markers.think_close}\n\n{self._typed(m.content)}"
+        answer = text[len(question) :].removeprefix(closing)  # DeepSeek-V3.1 leaves the closing tag
+        thought = self._typed(m.reasoning or "")
+        return f"{thought}\n{closing}\n\n{answer}" if line else f"{thought}{closing}{answer}"
 
     def _views(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         return [view(messages, i, self.found.form, self._typed) for i in range(len(messages))]
