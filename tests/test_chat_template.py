@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from chat_templates import QWEN3
@@ -29,6 +30,7 @@ from trivet.config import UserError
 from trivet.engine import Engine, EngineModel, Request
 from trivet.hub.checkpoint import load_any, load_pair
 from trivet.messages import Completion, Message, Sampling, StopReason, ToolCall, ToolSpec
+from trivet.recipes.terminal import SoftSwitch
 
 transformers = pytest.importorskip("transformers")
 R1 = r"""{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|im_start|>user{{ m.content }}{% elif m.role == 'assistant' %}<|im_start|>assistant{{ m.content.split('</think>')[-1] }}<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant<think>
@@ -268,6 +270,25 @@ def test_a_checkpoint_of_transformers_thinks_to_its_budget(tmp_path: Path) -> No
         talk = [*episode.messages, Message("user", "and?")]
     wrote = [m.completion for m in talk if m.completion]
     assert len(wrote) == 2 and wrote[1].prompt_tokens[: len(wrote[0].prompt_tokens)] == wrote[0].prompt_tokens
+
+
+def test_soft_switches_of_a_checkpoint_stay_in_its_questions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    soft = SoftSwitch(Chat.load(folder_of(tmp_path / "a", QWEN3)), Console())
+    lines = ["hi", "/no_think", "one", "two", "three /think", "four"]
+    assert [soft.take(line, 5) for line in lines] == ["hi", "", "one /no_think", "two", "three /think", "four"]
+    assert capsys.readouterr().out.splitlines() == ["Thinking is off from here on.", "Thinking is on from here on."]
+    for name, template, tags, why in (
+        ("b", R1, TAGS, "always thinks"),
+        ("c", LLAMA3, TAGS[:3], "has no thinking tags"),
+    ):
+        soft = SoftSwitch(Chat.load(folder_of(tmp_path / name, template, tags)), Console())
+        soft.note("off")
+        assert [soft.take(line, None) for line in ("/no_think", "so /no_think")] == ["", "so /no_think"]
+        said = capsys.readouterr().out
+        assert said.count(f"This model {why}: /think and /no_think switch nothing.") == 2
+        assert ("closes its thought empty" in said) == (name == "b")
 
 
 # ------------------------------------------------------------------------------------- the command line

@@ -7,6 +7,6 @@ does it all with a checkpoint's own template, `builtin` has Trivet's own tokeniz
 from __future__ import annotations
 
 from trivet.chat.builtin import bpe_chat, tiny_chat
-from trivet.chat.chat import Chat, Markers, Rendered
+from trivet.chat.chat import SOFT_SWITCH, Chat, Markers, Rendered
 
-__all__ = ["Chat", "Markers", "Rendered", "bpe_chat", "tiny_chat"]
+__all__ = ["SOFT_SWITCH", "Chat", "Markers", "Rendered", "bpe_chat", "tiny_chat"]
