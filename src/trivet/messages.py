@@ -53,7 +53,8 @@ class Sampling:
     """How to sample one completion. Temperature 0 is greedy.
 
     thinking: None = unlimited; "off" = the template's non-thinking prompt; N >= 0 = at most N
-    reasoning tokens, then the closing message and the end-of-thinking tag are forced.
+    reasoning tokens, then the closing message and the end-of-thinking tag are forced. What a person
+    typed (/no_think) becomes one of these by Chat.thinking_for.
     answer_reserve: tokens kept back from max_tokens so that a thinker can still answer.
     """
 

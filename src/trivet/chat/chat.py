@@ -52,7 +52,7 @@ class Markers(Frozen):
     end: str = "<end>"
     closing_message: str = "…"  # what the engine writes before think_close when the budget is spent
     tool_syntax: Name = "bare"  # what stands between the tool tags: see syntax.py
-    transformers: bool = False  # the template is a checkpoint's own: see chat_template.py
+    transformers: bool = False  # the template is a checkpoint's own: see template.py
     single_turn: bool = False  # training showed one question a conversation, so a second one would be foreign to it
 
 

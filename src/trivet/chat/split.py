@@ -76,6 +76,8 @@ class Splitter:
 
     def _text(self, text: str, final: bool) -> list[Event]:
         """Text, in which tags may be written out."""
+        if not (self.chat.starts or self.chat.text_roles):
+            return self._write(text)
         text, self._held = self._held + text, ""
         events: list[Event] = []
         if self._at_start:

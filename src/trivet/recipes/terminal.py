@@ -21,6 +21,7 @@ from trivet.config import UserError
 from trivet.engine import Engine, EngineModel
 from trivet.hub.checkpoint import load_pair
 from trivet.messages import Message, Sampling
+from trivet.model import Transformer
 from trivet.tools import get_tool
 
 MOST_SLOTS = 16_384  # tokens of a conversation: their cache is allocated at once
@@ -45,14 +46,7 @@ def converse(
     slots = min(model.spec.context_length, MOST_SLOTS)
     engine = Engine(model, chat, max_rows=1, slots=slots, device=device)
     once = chat.markers.single_turn
-    habit = "It was trained on single questions, so each starts anew." if once else "/new forgets."
-    console.print(f"{directory}: {model.spec.num_params():,} parameters. {habit}", style="dim", markup=False)
-    if slots < model.spec.context_length:
-        console.print(f"A conversation may take {slots:,} of its {model.spec.context_length:,} tokens.", style="dim")
-    switches = ", /no_think and /think switch thinking" if chat.thinks == "can" else ""
-    console.print(
-        f"Ctrl-D or /quit ends, /budget N sets the thinking budget (off, none){switches}.", style="dim", markup=False
-    )
+    _greet(directory, model, chat, slots, console)
     history: list[Message] = []
     soft = SoftSwitch(chat, console)
     soft.note(thinking)
@@ -90,6 +84,17 @@ def converse(
             continue
         history = [] if once else list(episode.messages)
         shown.close(episode)
+
+
+def _greet(directory: Path, model: Transformer, chat: Chat, slots: int, console: Console) -> None:
+    habit = "It was trained on single questions, so each starts anew." if chat.markers.single_turn else "/new forgets."
+    console.print(f"{directory}: {model.spec.num_params():,} parameters. {habit}", style="dim", markup=False)
+    if slots < model.spec.context_length:
+        console.print(f"A conversation may take {slots:,} of its {model.spec.context_length:,} tokens.", style="dim")
+    switches = ", /no_think and /think switch thinking" if chat.thinks == "can" else ""
+    console.print(
+        f"Ctrl-D or /quit ends, /budget N sets the thinking budget (off, none){switches}.", style="dim", markup=False
+    )
 
 
 def _budget(line: str, now: int | Literal["off"] | None, console: Console) -> int | Literal["off"] | None:
