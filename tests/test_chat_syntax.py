@@ -95,6 +95,7 @@ def test_another_syntax_is_not_guessed(template: str, of: str) -> None:
 def test_a_template_that_hides_is_refused() -> None:
     with pytest.raises(UserError, match="does not show what is said"):
         Chat.load(folder("qwen3", "{% for m in messages %}{{ m.role }}{% endfor %}"))
+    Chat.load(folder("qwen3", "{{ messages[-1].content }}"))  # of one turn, but it shows that
     silent = Chat.load(folder("deepseek-v3.1", V31.replace("if tools", "if never")))
     assert silent.markers.tool_syntax == "deepseek-v3.1"
     with pytest.raises(UserError, match="leaves out the tools"):

@@ -140,7 +140,9 @@ def _id(id: str, form: Form) -> str:
 def look(jinja: Jinja, end: str) -> Found:
     """Try the forms of messages; `end` is the tag that ends a turn."""
     plain = [Message("user", ASKED), Message("assistant", SAID), Message("user", RESULT)]
-    parts = next((p for p in (False, True) if _all_in(_try(jinja, plain, Form(parts=p)), ASKED, SAID, RESULT)), None)
+    shown = [(talk, p) for talk in (plain, plain[:1]) for p in (False, True)
+             if _all_in(_try(jinja, talk, Form(parts=p)), *(m.content for m in talk))]  # fmt: skip
+    parts = shown[0][1] if shown else None
     forms = [Form(parts or False, *rest) for rest in itertools.product((False, True), repeat=3)]
     read = [(f, name, length) for f in forms for name, length in _read_back(jinja, f, end)]
     # The shortest text: some templates write an empty turn beside a call whose content is "".

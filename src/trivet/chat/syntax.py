@@ -8,7 +8,7 @@ the calls out; then their arguments are JSON, or a second pattern cuts out param
     | row           | who writes it                    | one call                                                  |
     | bare          | the demo's models                | the only argument of the only tool                        |
     | json          | Hermes, Qwen2.5, Qwen3; bpe_chat | {"name": N, "arguments": {...}}                           |
-    | qwen-xml      | Qwen3-Coder, Qwen3-Next-Coder    | <function=N> <parameter=K> V </parameter> </function>     |
+    | qwen-xml      | Qwen3-Coder                      | <function=N> <parameter=K> V </parameter> </function>     |
     | deepseek      | DeepSeek-V3, R1                  | function<sep>N, then the arguments in a json code block   |
     | deepseek-v3.1 | DeepSeek-V3.1                    | N<sep>{...}                                               |
     | minimax-lines | MiniMax-M1                       | {"name": N, "arguments": {...}}, one a line               |

@@ -114,8 +114,8 @@ class TemplateChat(Chat):
             )
         if tools and not self.found.tells_tools:
             raise UserError(
-                "This checkpoint's chat template leaves out the tools it is given, so offering them would do nothing; "
-                "describe them in a system message, or bring a chat_template.jinja that lists them."
+                "This checkpoint's chat template leaves out the tools it is given, so the model would not know of them; "
+                "put a chat_template.jinja that lists them into its directory."
             )
         wrote = [i for i, m in enumerate(messages) if m.completion is not None]
         if wrote:
