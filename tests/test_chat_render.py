@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trivet.chat import Chat, Markers, bpe_chat, tiny_chat
+from trivet.chat.syntax import read_calls
 from trivet.config import UserError
 from trivet.messages import Completion, Message, StopReason, ToolCall, ToolSpec
 
@@ -126,7 +127,7 @@ def test_streamed_pieces_join_to_the_parsed_message(pieces: list[str], inside: b
 
 def test_malformed_calls_say_why() -> None:
     for text in ("{", "[]", '{"arguments": {}}', '{"name": "a", "arguments": 3}'):
-        assert BPE.read_call(text, 0).error
+        assert read_calls(BPE.syntax, text)[0].error
 
 
 def test_an_unclosed_call_stays_text() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,40 +17,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from chat_templates import QWEN3
 from test_cli_verbs import call
 from test_hub_configs import random_config
 from trivet.agent.loop import run_episode
 from trivet.chat import Chat
-from trivet.chat_template import TemplateChat
+from trivet.chat.template import TemplateChat
 from trivet.config import UserError
 from trivet.engine import Engine, EngineModel, Request
 from trivet.hub.checkpoint import load_any, load_pair
 from trivet.messages import Completion, Message, Sampling, StopReason, ToolCall, ToolSpec
+from trivet.recipes.terminal import SoftSwitch
 
 transformers = pytest.importorskip("transformers")
-QWEN3 = r"""
-{%- if tools %}{{- '<|im_start|>system\n' }}
-{%- if messages[0].role == 'system' %}{{- messages[0].content + '\n\n' }}{%- endif %}
-{{- "# Tools\n\n<tools>" }}{%- for tool in tools %}{{- "\n" }}{{- tool | tojson }}{%- endfor %}{{- "\n</tools><|im_end|>\n" }}
-{%- elif messages[0].role == 'system' %}{{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{%- endif %}
-{%- set ns = namespace(last=messages|length - 1, looking=true) %}
-{%- for message in messages[::-1] %}{%- set index = (messages|length - 1) - loop.index0 %}
-{%- if ns.looking and message.role == 'user' %}{%- set ns.looking = false %}{%- set ns.last = index %}{%- endif %}{%- endfor %}
-{%- for message in messages %}
-{%- if message.role == 'user' %}{{- '<|im_start|>user\n' + message.content + '<|im_end|>\n' }}
-{%- elif message.role == 'assistant' %}{%- set reasoning = message.reasoning_content if message.reasoning_content is string else '' %}
-{{- '<|im_start|>assistant\n' }}
-{%- if loop.index0 > ns.last and (loop.last or reasoning) %}{{- '<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' }}{%- endif %}
-{{- message.content }}
-{%- for call in message.tool_calls or [] %}{{- '\n<tool_call>\n{"name": "' + call.function.name + '", "arguments": ' }}{{- call.function.arguments | tojson }}{{- '}\n</tool_call>' }}{%- endfor %}
-{{- '<|im_end|>\n' }}
-{%- elif message.role == 'tool' %}{{- '<|im_start|>user\n<tool_response>\n' + message.content + '\n</tool_response><|im_end|>\n' }}
-{%- endif %}{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}
-{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}{%- endif %}
-"""
 R1 = r"""{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|im_start|>user{{ m.content }}{% elif m.role == 'assistant' %}<|im_start|>assistant{{ m.content.split('</think>')[-1] }}<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant<think>
 {% endif %}"""
 LLAMA3 = r"""{{- bos_token }}{%- for m in messages %}{%- if m.role not in ['system', 'user', 'assistant'] %}{{- raise_exception('no such role: ' + m.role) }}{%- endif %}{{- '<|im_start|>' + m.role + '\n\n' + m.content | trim + '<|im_end|>' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n\n' }}{%- endif %}"""
@@ -58,7 +41,8 @@ TAGS = ["<|im_start|>", "<|im_end|>", "<|begin|>", "<think>", "</think>", "<tool
 PLUS = ToolSpec("plus", "Add two numbers.", {"type": "object", "properties": {"a": {"type": "integer"}}})
 
 
-def folder_of(path: Path, template: str, tags: list[str] = TAGS) -> Path:
+def folder_of(path: Path, template: str, tags: Sequence[str] = TAGS, end: str = "<|im_end|>",
+              bos: str = "<|begin|>") -> Path:  # fmt: skip
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -67,9 +51,9 @@ def folder_of(path: Path, template: str, tags: list[str] = TAGS) -> Path:
         vocab_size=340, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(["the user asks and the assistant answers the user"] * 5, trainer)
-    tokenizer.add_tokens([AddedToken(t, special=t.startswith("<|"), normalized=False) for t in tags])
+    tokenizer.add_tokens([AddedToken(t, special=not t.strip("</>").isidentifier(), normalized=False) for t in tags])
     tokenizer.save(str(path / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>", "eos_token": "<|im_end|>",
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": end,
               "chat_template": template}  # fmt: skip
     (path / "tokenizer_config.json").write_text(json.dumps(config))
     return path
@@ -174,7 +158,7 @@ def test_a_model_without_tags_neither_thinks_nor_calls(tmp_path: Path) -> None:
     assert chat.render([Message("user", "?")], thinking=False, generate=True) == chat.render(
         [Message("user", "?")], generate=True
     )
-    with pytest.raises(UserError, match="no <tool_call> tags"):
+    with pytest.raises(UserError, match="no syntax that is known"):
         chat.render([Message("user", "?")], [PLUS], generate=True)
     with pytest.raises(UserError, match="no such role: tool"):
         chat.render([Message("user", "?"), Message("tool", "2")], generate=True)
@@ -286,6 +270,25 @@ def test_a_checkpoint_of_transformers_thinks_to_its_budget(tmp_path: Path) -> No
         talk = [*episode.messages, Message("user", "and?")]
     wrote = [m.completion for m in talk if m.completion]
     assert len(wrote) == 2 and wrote[1].prompt_tokens[: len(wrote[0].prompt_tokens)] == wrote[0].prompt_tokens
+
+
+def test_soft_switches_of_a_checkpoint_stay_in_its_questions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    soft = SoftSwitch(Chat.load(folder_of(tmp_path / "a", QWEN3)), Console())
+    lines = ["hi", "/no_think", "one", "two", "three /think", "four"]
+    assert [soft.take(line, 5) for line in lines] == ["hi", "", "one /no_think", "two", "three /think", "four"]
+    assert capsys.readouterr().out.splitlines() == ["Thinking is off from here on.", "Thinking is on from here on."]
+    for name, template, tags, why in (
+        ("b", R1, TAGS, "always thinks"),
+        ("c", LLAMA3, TAGS[:3], "has no thinking tags"),
+    ):
+        soft = SoftSwitch(Chat.load(folder_of(tmp_path / name, template, tags)), Console())
+        soft.note("off")
+        assert [soft.take(line, None) for line in ("/no_think", "so /no_think")] == ["", "so /no_think"]
+        said = capsys.readouterr().out
+        assert said.count(f"This model {why}: /think and /no_think switch nothing.") == 2
+        assert ("closes its thought empty" in said) == (name == "b")
 
 
 # ------------------------------------------------------------------------------------- the command line

@@ -166,6 +166,36 @@ def test_a_model_of_conversations_remembers(
         assert code == 0 and seen == lengths
 
 
+def test_soft_switches_are_said_and_kept(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[str, Any]] = []
+    real = EngineModel.request
+
+    def request(self: EngineModel, messages: list[Message], tools: Any, sampling: Any) -> Request:
+        asked.append((messages[-1].content, sampling.thinking))
+        return real(self, messages, tools, sampling)
+
+    monkeypatch.setattr(EngineModel, "request", request)
+    lines = iter(["1+1=", "/no_think", "2+2=", "3+3= /think", "4+4= /no_think", "/budget off", "5+5= /think", "/budget 9",
+                  "6+6=", "/no_think", "/new", "7+7=", "/quit"])  # fmt: skip
+    monkeypatch.setattr("builtins.input", lambda *a: next(lines))
+    code, out, err = call(monkeypatch, capsys, "chat", str(model), "--max-tokens", "6", "--budget", "7")
+    assert code == 0, err
+    # The model never saw the words; the last one typed counts until /new, and a hard off stays off.
+    assert asked == [
+        ("1+1=", 7),
+        ("2+2=", "off"),
+        ("3+3=", 7),
+        ("4+4=", "off"),
+        ("5+5=", "off"),
+        ("6+6=", 9),
+        ("7+7=", 9),
+    ]
+    assert out.count("Thinking is off from here on") == 3 and out.count("Thinking is on from here on") == 1
+    assert "overrides /think" in out
+
+
 def test_plan_prices_without_weights(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(monkeypatch, capsys, "plan", DEMO, "--json", "--context", "512")
     (row,) = json.loads(out)

@@ -17,12 +17,13 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call the model wrote. `error` says why its text could not be understood (then no run)."""
+    """A call the model wrote, as `text`. `error` says why that could not be understood (then no run)."""
 
     id: str
     name: str
     arguments: Mapping[str, Any]
     error: str | None = None
+    text: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class Sampling:
     arXiv 1909.05858). presence_penalty, frequency_penalty: subtracted once, and once for each time, from logits of
     tokens in the answer. logit_bias: (token, added) pairs. stop_ids: tokens that end the completion, and stay in it.
     thinking: None = unlimited; "off" = the template's non-thinking prompt; N >= 0 = at most N
-    reasoning tokens, then the closing message and the end-of-thinking tag are forced.
+    reasoning tokens, then the closing message and the end-of-thinking tag are forced. What a person
+    typed (/no_think) becomes one of these by Chat.thinking_for.
     answer_reserve: tokens kept back from max_tokens so that a thinker can still answer.
     grammar: holds from where the answer starts.
     top_logprobs, prompt_logprobs: what Completion reports of the model's own distribution.

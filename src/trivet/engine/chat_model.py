@@ -32,12 +32,12 @@ class EngineModel:
         request = self.request(messages, tools, sampling)
         id = self._add(request, messages)
         if id is None:
-            return self.message(request, _out_of_room(request))
+            return self.message(request, _out_of_room(request), tools)
         future = asyncio.get_running_loop().create_future()
         self._futures[id] = future
         while not self._driven and not future.done():
             self._advance()
-        return self.message(request, await future)
+        return self.message(request, await future, tools)
 
     async def stream(
         self, messages: Sequence[Message], tools: Sequence[ToolSpec], sampling: Sampling
@@ -45,7 +45,7 @@ class EngineModel:
         """The same completion, piece by piece; the last event is "done" and carries the message."""
         request = self.request(messages, tools, sampling)
         id = self._add(request, messages)
-        splitter, seen = self.chat.splitter(self.chat.thinking_open(request.prompt)), 0
+        splitter, seen = self.chat.splitter(self.chat.thinking_open(request.prompt), tools), 0
         completion = _out_of_room(request) if id is None else None
         while id is not None and completion is None:
             completion = dict(self.engine.step()).get(id)
@@ -56,7 +56,7 @@ class EngineModel:
         for event in splitter.finish():
             yield event
         assert completion is not None
-        yield Event("done", message=self.message(request, completion))
+        yield Event("done", message=self.message(request, completion, tools))
 
     def run(self, coroutines: Sequence[Coroutine[Any, Any, R]]) -> list[R]:
         """Results of coroutines that all talk to this model, in their order."""
@@ -113,8 +113,8 @@ class EngineModel:
                 return None
             raise
 
-    def message(self, request: Request, completion: Completion) -> Message:
-        parsed = self.chat.parse(completion.tokens, self.chat.thinking_open(request.prompt))
+    def message(self, request: Request, completion: Completion, tools: Sequence[ToolSpec]) -> Message:
+        parsed = self.chat.parse(completion.tokens, self.chat.thinking_open(request.prompt), tools)
         return replace(parsed, cut=completion.budget_hit, completion=completion)
 
 

@@ -8,7 +8,7 @@ When nothing more can follow, the only token that is left is the end of the turn
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +18,8 @@ from trivet.chat import Chat
 from trivet.config import UserError
 from trivet.messages import Grammar
 
-if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+LLMatcher = Any  # llguidance is an extra: its types are not at hand
+LLTokenizer = Any
 
 
 class Grammars:

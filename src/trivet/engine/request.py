@@ -76,6 +76,11 @@ class Limits:
                 raise UserError(f"Sampling: {name} = {value!r} is out of range.")
         if "" in s.stop:
             raise UserError("Sampling: a stop string is empty, and would stop everything.")
+        if s.thinking is not None and chat.thinks == "never":
+            raise UserError(
+                f"thinking = {s.thinking!r} can't be kept: this model's vocabulary has no thinking tags, so nothing tells "
+                "thought from answer. Leave the budget (and --no-think) out."
+            )
         if not request.prompt:
             raise UserError("A request needs at least one prompt token.")
         if len(request.prompt) >= slots:

@@ -30,7 +30,7 @@ class Writer:
         self.model, self.chat = model, chat
         self._grammars: Grammars | None = None
         self._steered: dict[int, Live] = {}
-        self._watched: dict[int, Live] = {}  # for stop strings and ids
+        self._watched: dict[int, Live] = {}  # whose text says whether they go on
         self._topped: dict[int, Live] = {}
 
     def prepare(self, live: Live) -> None:
@@ -46,7 +46,7 @@ class Writer:
             live.matcher = self._grammars.start(s.grammar)
         for table, wanted in (
             (self._steered, steers(s)),
-            (self._watched, bool(s.stop or s.stop_ids)),
+            (self._watched, bool(s.stop or s.stop_ids) or (live.request.stop_on_tool and self._reads_calls)),
             (self._topped, s.top_logprobs > 0),
         ):
             if wanted:
@@ -145,12 +145,19 @@ class Writer:
         for live in self._watched.values():
             if live.row in new and self._stops(r, live):
                 reasons[live.row] = StopReason.STOP_STRING
+            elif live.row in new and live.request.stop_on_tool and chat.closes_call(r.written(live)):
+                reasons[live.row] = StopReason.TOOL_CALL
         ends, called = newest == chat.end_id, (newest == chat.tool_close_id) & r.stops_on_tool[which]
         for i in np.flatnonzero((produced > 0) & (ends | called | (produced >= r.most[which]))):
             reason = StopReason.END if ends[i] else StopReason.TOOL_CALL if called[i] else StopReason.LENGTH
             if reason is not StopReason.LENGTH or int(which[i]) not in reasons:
                 reasons[int(which[i])] = reason
         return list(reasons.items())
+
+    @property
+    def _reads_calls(self) -> bool:
+        """Whether a tool call closes with a tag that is no token, and must be found in the text."""
+        return self.chat.tool_close_id < 0 and bool(self.chat.markers.tool_close)
 
     def _stops(self, rows: Rows, live: Live) -> bool:
         s = live.request.sampling

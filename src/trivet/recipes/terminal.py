@@ -16,11 +16,12 @@ import torch
 from rich.console import Console
 
 from trivet.agent.loop import Episode, ModelStep, ToolStep, run_episode
-from trivet.chat import Chat
+from trivet.chat import SOFT_SWITCH, Chat
 from trivet.config import UserError
 from trivet.engine import PREFIX_BYTES, Engine, EngineModel
 from trivet.hub.checkpoint import load_pair
 from trivet.messages import Message, Sampling
+from trivet.model import Transformer
 from trivet.tools import get_tool
 
 FOLDED = 72  # characters of a thought that stay when it is folded
@@ -43,10 +44,10 @@ def converse(
     tools = [get_tool(name) for name in tool_names]
     engine = Engine(model, chat, 1, model.spec.context_length, device, prefix_bytes=PREFIX_BYTES)
     once = chat.markers.single_turn
-    habit = "It was trained on single questions, so each starts anew." if once else "/new forgets."
-    console.print(f"{directory}: {model.spec.num_params():,} parameters. {habit}", style="dim", markup=False)
-    console.print("Ctrl-D or /quit ends, /budget N sets the thinking budget (off, none).", style="dim", markup=False)
+    _greet(directory, model, chat, console)
     history: list[Message] = []
+    soft = SoftSwitch(chat, console)
+    soft.note(thinking)
     while True:
         try:
             line = console.input("[bold]> [/]").strip()
@@ -57,14 +58,18 @@ def converse(
             return
         if line == "/new":
             history = []
+            soft = SoftSwitch(chat, console)
             continue
         if line.startswith("/budget"):
             thinking = _budget(line, thinking, console)
+            soft.note(thinking)
             continue
+        line = soft.take(line, thinking)
         if not line:
             continue
         seed += 1
-        sampling = Sampling(temperature=temperature, max_tokens=max_tokens, thinking=thinking, seed=seed)
+        asked = chat.thinking_for(soft.said, thinking)
+        sampling = Sampling(temperature=temperature, max_tokens=max_tokens, thinking=asked, seed=seed)
         shown = _Shown(engine, chat, console, fold)
         try:
             episode = asyncio.run(run_episode(shown, [*history, Message("user", line)], tools, sampling))
@@ -79,6 +84,15 @@ def converse(
         shown.close(episode)
 
 
+def _greet(directory: Path, model: Transformer, chat: Chat, console: Console) -> None:
+    habit = "It was trained on single questions, so each starts anew." if chat.markers.single_turn else "/new forgets."
+    console.print(f"{directory}: {model.spec.num_params():,} parameters. {habit}", style="dim", markup=False)
+    switches = ", /no_think and /think switch thinking" if chat.thinks == "can" else ""
+    console.print(
+        f"Ctrl-D or /quit ends, /budget N sets the thinking budget (off, none){switches}.", style="dim", markup=False
+    )
+
+
 def _budget(line: str, now: int | Literal["off"] | None, console: Console) -> int | Literal["off"] | None:
     word = line.removeprefix("/budget").strip()
     if word == "off":
@@ -89,6 +103,55 @@ def _budget(line: str, now: int | Literal["off"] | None, console: Console) -> in
         return int(word)
     console.print(f"/budget wants a number, off or none; it stays {now}.", markup=False)
     return now
+
+
+class SoftSwitch:
+    """`/think` and `/no_think` as a person types them: in a question, or alone for the turns to come.
+
+    A checkpoint was trained with these words, so they stay in the question, and one typed alone goes along with the
+    next. Trivet's own models never saw them: there they are taken out.
+    """
+
+    def __init__(self, chat: Chat, console: Console) -> None:
+        self.chat, self.console = chat, console
+        self.said: list[Message] = []  # the lines with switches, as `Chat.thinking_for` reads them
+        self.waiting = ""
+
+    def take(self, line: str, thinking: int | Literal["off"] | None) -> str:
+        """The question for the model, "" where there is none; says what has changed."""
+        alone = not SOFT_SWITCH.sub("", line).strip()
+        if SOFT_SWITCH.search(line):
+            before = self.chat.thinking_for(self.said, thinking)
+            self.said.append(Message("user", line))
+            self._tell(before, self.chat.thinking_for(self.said, thinking), thinking)
+        if self.chat.thinks != "can":
+            return "" if alone else line
+        if not self.chat.markers.transformers:
+            return SOFT_SWITCH.sub("", line).strip()
+        if alone:
+            self.waiting = line or self.waiting
+            return ""
+        if not SOFT_SWITCH.search(line):
+            line = f"{line} {self.waiting}".rstrip()
+        self.waiting = ""
+        return line
+
+    def _tell(self, before: object, now: object, thinking: object) -> None:
+        if self.chat.thinks != "can":
+            why = "always thinks" if self.chat.thinks == "always" else "has no thinking tags"
+            text = f"This model {why}: /think and /no_think switch nothing."
+        elif thinking == "off":
+            text = "Thinking is off by --no-think or /budget off, which overrides /think; /budget none allows it."
+        elif before != now:
+            text = f"Thinking is {'off' if now == 'off' else 'on'} from here on."
+        else:
+            return
+        self.console.print(text, style="dim", markup=False)
+
+    def note(self, thinking: int | Literal["off"] | None) -> None:
+        if thinking == "off" and self.chat.thinks == "always":
+            text = "This model always thinks: off closes its thought empty, which it was not trained for."
+            self.console.print(text, style="dim", markup=False)
 
 
 class _Shown:

@@ -95,7 +95,7 @@ class TaskDocuments:
     """
 
     def __init__(self, task: Task, chat: Chat, seed: int = 0, tools: Sequence[ToolSpec] = (), split: Split = "train"):
-        if task.tools and chat.markers.tool_syntax == "json" and {t.name for t in tools} != set(task.tools):
+        if task.tools and chat.markers.tool_syntax != "bare" and {t.name for t in tools} != set(task.tools):
             raise UserError(
                 f"Task {task.name!r} calls {', '.join(task.tools)}, but its prompts would list "
                 f"{', '.join(t.name for t in tools) or 'no tool'}: the model would learn another prompt."

@@ -26,15 +26,20 @@ from typing import Any, Literal
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
+from trivet.chat.split import Role, Splitter
+from trivet.chat.syntax import SYNTAXES, Name
 from trivet.config import UserError, validate
 from trivet.disk import write_atomic
-from trivet.messages import Event, Message, ToolCall, ToolSpec
+from trivet.messages import Message, ToolCall, ToolSpec
 from trivet.spec import Frozen
 
 GENERATED, WRITTEN, PLAIN, TYPED, SPLICE, SPLICED = "\ue000\ue001\ue002\ue003\ue004\ue005"  # pairs of marks
 MARKS = re.compile(f"([{GENERATED}{WRITTEN}{PLAIN}{TYPED}]|{SPLICE}\\d+{SPLICED})")
+
+SOFT_SWITCH = re.compile(r"(?<!\S)/(no_)?think(?!\S)")  # Qwen3's, as a word of its own
+Thinks = Literal["never", "can", "always"]
 
 
 class Markers(Frozen):
@@ -46,8 +51,8 @@ class Markers(Frozen):
     tool_close: str = "</tool_call>"
     end: str = "<end>"
     closing_message: str = "…"  # what the engine writes before think_close when the budget is spent
-    tool_syntax: Literal["bare", "json"] = "bare"
-    transformers: bool = False  # the template is a checkpoint's own: see chat_template.py
+    tool_syntax: Name = "bare"  # what stands between the tool tags: see syntax.py
+    transformers: bool = False  # the template is a checkpoint's own: see template.py
     single_turn: bool = False  # training showed one question a conversation, so a second one would be foreign to it
 
 
@@ -62,17 +67,26 @@ class Rendered:
 class Chat:
     """A tokenizer with its template and markers. Raises UserError where a marker is not one token."""
 
+    strips = False  # line breaks between a tag and its text are the template's, not the model's words
+
     def __init__(self, tokenizer: Tokenizer, template: str, markers: Markers) -> None:
-        self.tokenizer, self.template, self.markers = tokenizer, template, markers
+        self.tokenizer, self.template = tokenizer, template
         self._literal = Tokenizer.from_str(tokenizer.to_str())
         self._literal.encode_special_tokens = True  # tags are plain characters to this one
         try:
             self._compiled = self.environment().from_string(template)
         except TemplateError as e:
             raise UserError(f"The chat template can't be read: {e}.") from None
+        self.use(markers)
+
+    def use(self, markers: Markers) -> None:
+        """Take these markers. Raises UserError where one is not in the vocabulary as it must be."""
+        self.markers = markers
         self.think_open_id, self.think_close_id = self._one(markers.think_open), self._one(markers.think_close)
         self.tool_open_id, self.tool_close_id = self._one(markers.tool_open), self._one(markers.tool_close)
         self.end_id = self._one(markers.end)
+        self.syntax = SYNTAXES[markers.tool_syntax]
+        self._tags_in_text()
         closing = [*self.encode_text(markers.closing_message), self.think_close_id]
         self.closing_ids = closing if self.think_close_id >= 0 else []  # no tags: nothing to close
 
@@ -81,6 +95,30 @@ class Chat:
         made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation])
         made.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
         return made
+
+    def _tags_in_text(self) -> None:
+        """Where a splitter finds tags: as ids, else in the text; a thought without a token only begins a message."""
+        m = self.markers
+        tags: dict[Role, str] = {"think_open": m.think_open, "think_close": m.think_close, "tool_open": m.tool_open,
+                                 "tool_close": m.tool_close, "end": m.end}  # fmt: skip
+        ids: dict[Role, int] = {"think_open": self.think_open_id, "think_close": self.think_close_id,
+                                "tool_open": self.tool_open_id, "tool_close": self.tool_close_id, "end": self.end_id}  # fmt: skip
+        self.tag_ids = {id: role for role, id in ids.items() if id >= 0}
+        self.text_roles = {
+            tags[role]: role for role, id in ids.items() if id < 0 and tags[role] and role != "think_open"
+        }
+        self.text_tags = re.compile("|".join(map(re.escape, self.text_roles)) or r"(?!)")
+        self.starts: dict[str, Role] = {}
+        if m.think_open and self.think_open_id < 0:
+            self.starts[m.think_open] = "think_open"
+        if self.syntax.start:
+            self.starts[self.syntax.start] = "tool_open"
+
+    def longest_start(self, text: str) -> int:
+        """How many characters at the end of a text may become a tag that is no token."""
+        longest = max(map(len, self.text_roles), default=1) - 1
+        ends = (text[len(text) - n :] for n in range(min(longest, len(text)), 0, -1))
+        return next((len(end) for end in ends if any(tag.startswith(end) for tag in self.text_roles)), 0)
 
     # --- files -----------------------------------------------------------------------------------
     @classmethod
@@ -97,7 +135,7 @@ class Chat:
             raise UserError(f"The tokenizer in {str(directory)!r} is damaged: {e}.") from None
         ours = config.get("trivet")
         if ours is None or (isinstance(ours, dict) and ours.get("transformers")):
-            from trivet.chat_template import TemplateChat
+            from trivet.chat.template import TemplateChat
 
             return TemplateChat.read(directory, tokenizer, config)
         if "chat_template" not in config:
@@ -213,114 +251,57 @@ class Chat:
                 mask += [generated] * len(new)
         return Rendered(ids, mask)
 
+    # --- thinking or not -------------------------------------------------------------------------
+    @property
+    def thinks(self) -> Thinks:
+        """never: no thinking tags that an engine could watch; always: the template asks for a thought in any case."""
+        return "never" if self.think_close_id < 0 else "can"
+
+    def thinking_for(
+        self, messages: Sequence[Message], asked: int | Literal["off"] | None
+    ) -> int | Literal["off"] | None:
+        """`Sampling.thinking` for what the people in this conversation typed: "off", or what was asked.
+
+        The last `/think` or `/no_think` in a user or system message counts, for its turn and later ones; what is
+        asked "off" stays off (Qwen3's rule). Only a conversation with a person means these words so: tasks and
+        training don't ask here. A model that never or always thinks has no such switch.
+        """
+        said = [
+            m[1] for turn in messages if turn.role in ("user", "system") for m in SOFT_SWITCH.finditer(turn.content)
+        ]
+        return "off" if said and said[-1] and self.thinks == "can" else asked
+
     # --- ids -> message --------------------------------------------------------------------------
     def thinking_open(self, ids: Sequence[int]) -> bool:
         """Whether text that follows these ids stands inside a thinking block."""
+        if self.thinks == "never":  # a prompt that ends with the tag, written out
+            opening = self.markers.think_open
+            return bool(opening) and self.decode(ids[-2 * len(opening) :]).rstrip("\n").endswith(opening)
         for token in reversed(ids):
             if token in (self.think_open_id, self.think_close_id):
                 return token == self.think_open_id
         return False
 
-    def parse(self, ids: Iterable[int], thinking: bool = False) -> Message:
+    def parse(self, ids: Iterable[int], thinking: bool = False, tools: Sequence[ToolSpec] = ()) -> Message:
         """The assistant's message. Never raises: what can't be understood stays text.
 
         thinking: the prompt already opened the thinking block (after a tool result inside it).
+        tools: what was offered; it says how arguments that are written as text are typed.
         """
-        splitter = self.splitter(thinking)
+        splitter = self.splitter(thinking, tools)
         splitter.push(ids)
         splitter.finish()
         return splitter.message()
 
-    def splitter(self, thinking: bool = False) -> Splitter:
-        return Splitter(self, thinking)
+    def splitter(self, thinking: bool = False, tools: Sequence[ToolSpec] = ()) -> Splitter:
+        return Splitter(self, thinking, tools)
 
-    def read_call(self, text: str, number: int) -> ToolCall:
-        """The text between tool tags as a call; `error` says what was wrong with it.
-
-        Bare syntax has no name: the text is the only argument of the only tool, written as {"": text}.
-        """
-        name = f"call-{number}"
-        if self.markers.tool_syntax == "bare":
-            return ToolCall(name, "", {"": text})
-        try:
-            call = json.loads(text)
-        except ValueError as e:
-            return ToolCall(name, "", {}, f"the call is not valid JSON: {e}")
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            return ToolCall(name, "", {}, 'the call must be an object with "name" and "arguments"')
-        arguments = call.get("arguments", {})
-        if not isinstance(arguments, dict):
-            return ToolCall(name, call["name"], {}, '"arguments" must be an object')
-        return ToolCall(name, call["name"], arguments)
-
-
-class Splitter:
-    """Tokens in, events out: thinking, text and tool calls told apart while they stream."""
-
-    def __init__(self, chat: Chat, thinking: bool) -> None:
-        self.chat, self.thinking = chat, thinking
-        self.reasoning: str | None = "" if thinking else None
-        self.content = ""
-        self.calls: list[ToolCall] = []
-        self._call: list[int] | None = None  # ids since an open tool tag
-        self._pending: list[int] = []  # ids whose bytes may not be whole characters yet
-
-    def push(self, ids: Iterable[int]) -> list[Event]:
-        events: list[Event] = []
-        for token in ids:
-            events += self._token(token)
-        return events
-
-    def finish(self) -> list[Event]:
-        """End of the completion: an unclosed call was only text."""
-        return self._drop_call() + self._flush(final=True)
-
-    def message(self) -> Message:
-        return Message("assistant", self.content, self.reasoning, tuple(self.calls))
-
-    def _token(self, token: int) -> list[Event]:
-        chat = self.chat
-        if token == chat.end_id:
-            return self.finish()
-        if token == chat.think_close_id and self.thinking:
-            events = self.finish()
-            self.thinking = False
-            return events
-        if self._call is not None:
-            if token != chat.tool_close_id:
-                self._call.append(token)
-                return []
-            text, self._call = chat.decode(self._call[1:]), None
-            self.calls.append(chat.read_call(text, len(self.calls)))
-            return [Event("tool_call", text)]
-        if token == chat.think_open_id and not self.thinking:
-            events = self._flush(final=True)
-            self.thinking, self.reasoning = True, self.reasoning or ""
-            return events
-        if token == chat.tool_open_id:
-            events = self._flush(final=True)
-            self._call = [token]
-            return events
-        self._pending.append(token)
-        return self._flush(final=False)
-
-    def _drop_call(self) -> list[Event]:
-        if self._call is None:
-            return []
-        self._pending += self._call
-        self._call = None
-        return self._flush(final=True)
-
-    def _flush(self, final: bool) -> list[Event]:
-        text = self.chat.decode(self._pending)
-        if not text or (text.endswith("\ufffd") and not final):
-            return []  # a character's bytes are still arriving
-        self._pending = []
-        if self.thinking:
-            self.reasoning = (self.reasoning or "") + text
-            return [Event("reasoning", text)]
-        self.content += text
-        return [Event("text", text)]
+    def closes_call(self, ids: Sequence[int]) -> bool:
+        """Whether a tool call has just been closed, for tags that are no token (`tool_close_id` is -1)."""
+        close = self.markers.tool_close
+        if not close or self.tool_close_id >= 0 or close not in self.decode(ids[-2 * len(close) :]):
+            return False
+        return bool(self.parse(ids, thinking=True).tool_calls)  # inside a thought or after it: a call is a call
 
 
 class _Generation(Extension):
@@ -338,74 +319,3 @@ class _Generation(Extension):
 def _typed(text: str) -> str:
     """Mark text that is not the template's own, so that tags in it stay characters."""
     return PLAIN + re.sub("[\ue000-\ue005]", "", text) + TYPED if text else ""
-
-
-# ----------------------------------------------------------------------------------- built-in tokenizers
-SPECIAL = (
-    "<pad> <unk> <end> <system> <user> <assistant> <think> </think> <tool_call> </tool_call> "
-    "<tool_response> </tool_response>"
-).split()
-
-TEMPLATE = """\
-{%- if tools -%}
-<system>You may call these tools, one JSON object a call between {{ tool_open }} and {{ tool_close }}:
-{% for tool in tools %}{{ tool | tojson }}
-{% endfor %}
-{%- endif -%}
-{%- for m in messages -%}
-{%- if m.role == "system" -%}<system>{{ m.content }}
-{%- elif m.role == "user" -%}<user>{{ m.content }}<assistant>
-{%- elif m.role == "tool" -%}<tool_response>{{ m.content }}</tool_response>
-{%- else -%}
-{%- if m.shut -%}<think></think>{%- endif -%}
-{%- generation -%}
-{%- if m.spliced -%}{{ m.spliced }}
-{%- elif m.reasoning is not none -%}
-{%- if m.opens -%}<think>{%- endif -%}{{ m.reasoning }}
-{%- endif -%}
-{%- endgeneration -%}
-{%- if m.cut and not m.spliced -%}{{ closing_message }}</think>{%- endif -%}
-{%- generation -%}
-{%- if not m.spliced -%}
-{%- if m.closes and not m.cut -%}</think>{%- endif -%}
-{{ m.content }}
-{%- for call in m.calls -%}<tool_call>{{ call }}</tool_call>{%- endfor -%}
-{%- if not m.calls -%}<end>{%- endif -%}
-{%- endif -%}
-{%- endgeneration -%}
-{%- endif -%}
-{%- endfor -%}
-{%- if shut -%}<think></think>{%- endif -%}
-"""
-
-ALPHABET = [*(chr(code) for code in range(32, 127)), "…", "\n", *(f"={digit}" for digit in range(10))]
-
-
-def tiny_chat() -> Chat:
-    """The demo's alphabet: one token a printable ASCII character, and one for each `=0` .. `=9`."""
-    vocab = {token: i for i, token in enumerate([*SPECIAL, *ALPHABET])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"=\d|[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
-    return Chat(tokenizer, TEMPLATE, Markers(single_turn=True))
-
-
-def bpe_chat(texts: Iterable[str], vocab_size: int) -> Chat:
-    """A byte-level BPE trained on the user's own texts: every text can be written with it."""
-    least = 256 + len(SPECIAL)
-    if vocab_size < least:
-        raise UserError(f"A byte-level tokenizer needs at least {least} tokens, got {vocab_size}.")
-    specials = [t for t in SPECIAL if t != "<unk>"]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[AddedToken(t, special=True, normalized=False) for t in specials],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    markers = Markers(closing_message="\nTime is up, so I answer now.\n", tool_syntax="json", single_turn=True)
-    return Chat(tokenizer, TEMPLATE, markers)
