@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trivet.model.cache import KVCache
+from trivet.model.chunks import PARTS, Placed, attend_chunks, temperature
 from trivet.model.layers import Layout, Linear, RMSNorm, apply_rope, causal
 from trivet.spec import GQA
 
@@ -38,18 +39,28 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).unflatten(-1, (s.heads, s.head_dim)))  # [B,T,H,hd]
         k = self.k_norm(self.k_proj(x).unflatten(-1, (s.kv_heads, s.head_dim)))  # [B,T,K,hd]
         v = self.v_proj(x).unflatten(-1, (s.kv_heads, s.head_dim))
-        q, k = self._rotate(q, layout), self._rotate(k, layout)
+        if s.chunks is None:
+            q, k = (self._rotate(x, layout.rotation(s.rope)) for x in (q, k))
+        else:  # q [3,B,T,H,hd]: one rotation for each kind of chunk, and keys turned once
+            turns = [layout.rotation(s.rope, Placed(s.chunks, part)) for part in PARTS]
+            k = self._rotate(k, turns[0])
+            q = torch.stack([self._rotate(q, turn) for turn in turns])
+            if s.chunks.original_length is not None:
+                q = q * temperature(layout.at(), s.chunks.original_length)[..., None, None].to(q.dtype)
         if cache is not None:
             assert layout.positions is not None and layout.span is not None
             k, v = (x.transpose(1, 2) for x in cache.update(k, v, layout.positions, layout.span))  # [B,S,K,hd]
-        y = attend_documents(q, k, v, layout, s.head_dim**-0.5, s.window)  # [B,T,H,hd]
+        if s.chunks is None:
+            y = attend_documents(q, k, v, layout, s.head_dim**-0.5, s.window)  # [B,T,H,hd]
+        else:
+            y = attend_chunks(q, k, v, layout, s.chunks, s.head_dim**-0.5)
         return self.o_proj(y.flatten(2))
 
-    def _rotate(self, x: Tensor, layout: Layout) -> Tensor:
+    def _rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         rope = self.spec.rope
         if rope.dims == 0:
             return x
-        turned = apply_rope(x[..., : rope.dims], layout.rotation(rope), rope.interleaved)
+        turned = apply_rope(x[..., : rope.dims], rotation, rope.interleaved)
         return turned if rope.dims == x.shape[-1] else torch.cat((turned, x[..., rope.dims :]), -1)
 
 

@@ -21,12 +21,13 @@ from trivet.spec.frozen import Frozen
 from trivet.spec.mixers import GQA, MLA, Lightning, Mixer
 from trivet.spec.model import DualResidual, LayerSpec, ModelSpec, PostNorm, PreNorm, Residual
 from trivet.spec.pattern import expand_pattern, write_pattern
-from trivet.spec.positions import Llama3Scaling, Rope, Yarn
+from trivet.spec.positions import DualChunks, Llama3Scaling, Rope, Yarn
 
 __all__ = [
     "FFN",
     "GQA",
     "MLA",
+    "DualChunks",
     "DualResidual",
     "Frozen",
     "LayerSpec",

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from trivet.spec.frozen import Frozen
-from trivet.spec.positions import Rope
+from trivet.spec.positions import DualChunks, Rope
 
 
 class GQA(Frozen):
@@ -21,6 +21,7 @@ class GQA(Frozen):
     qk_norm: bool = False  # RMSNorm of each query and key head before RoPE, as Qwen3
     qkv_bias: bool = False  # as Qwen2
     window: int | None = Field(default=None, gt=0)  # a query sees itself and window-1 before it
+    chunks: DualChunks | None = None  # positions counted anew in every chunk, as Qwen2.5-1M
 
     @model_validator(mode="after")
     def _divides(self) -> GQA:
@@ -28,6 +29,8 @@ class GQA(Frozen):
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         if self.rope.dims > self.head_dim:
             raise ValueError(f"rope.dims ({self.rope.dims}) exceeds head_dim ({self.head_dim})")
+        if self.chunks is not None and (self.window is not None or self.rope.dims == 0):
+            raise ValueError("chunks give rotary positions a bound: they need rope.dims > 0 and no window")
         return self
 
     def params(self, d: int) -> int:
