@@ -90,7 +90,7 @@ def test_ranges_and_pairs_are_the_definition(name: str, monkeypatch: pytest.Monk
         assert gap(model(tokens, positions, model.new_caches(2, T)), want) < 1e-5  # by pairs
         with monkeypatch.context() as patch:
             patch.setattr(blocks, "BLOCK", 5)  # blocks that end inside a chunk
-            patch.setattr(blocks, "PIECE", 64)
+            patch.setattr(blocks, "SCORES", 64)
             assert gap(model(tokens), want) < 1e-5
 
 

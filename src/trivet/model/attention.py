@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trivet.model.blocks import Reach
 from trivet.model.cache import KVCache
 from trivet.model.chunks import PARTS, Placed, attend_chunks, temperature
 from trivet.model.layers import Layout, Linear, RMSNorm, apply_rope, causal
+from trivet.model.sparse import attend_prompt
 from trivet.spec import GQA
 
 
@@ -69,8 +71,12 @@ def attend_documents(
 ) -> Tensor:
     """Attention within each document of a call: q [B,T,H,hd], k [B,S,K,hd], v [B,S,K,vd] -> [B,T,H,vd].
 
-    Two forms: masked rows, or document by document where packed rows would mostly compute what is masked.
+    Three forms: masked rows, document by document where packed rows would mostly compute what is masked, and a
+    prompt's piece in blocks.
     """
+    if layout.prompt is not None:
+        forms, reach = q.transpose(1, 2).unsqueeze(0), Reach(window)
+        return attend_prompt(forms, k.transpose(1, 2), v.transpose(1, 2), scale, reach, layout.prompt).transpose(1, 2)
     apart = layout.apart()
     if apart is None:
         return _attend_rows(q, k, v, layout.mask(window), scale)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from trivet.model.blocks import Reach, attend_blocks
 from trivet.model.layers import Layout
+from trivet.model.sparse import attend_prompt
 from trivet.spec import DualChunks
 
 Part = Literal["intra", "succ", "inter"]
@@ -60,6 +61,9 @@ def attend_chunks(q: Tensor, k: Tensor, v: Tensor, layout: Layout, chunks: DualC
     if apart is not None:
         stacks = zip(zip(*(apart.split(form) for form in q), strict=True), apart.split(k), apart.split(v), strict=True)
         return apart.join([_by_ranges(torch.stack(one_q), one_k, one_v, scale, reach) for one_q, one_k, one_v in stacks], q.shape[1])  # fmt: skip
+    if layout.prompt is not None:
+        forms, prompt = q.transpose(2, 3), layout.prompt
+        return attend_prompt(forms, k.transpose(1, 2), v.transpose(1, 2), scale, reach, prompt).transpose(1, 2)
     if layout.positions is None:
         return _by_ranges(q, k, v, scale, reach)
     return _by_pairs(q, k, v, layout, chunks, scale)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trivet.model.packed import WORTH_IT, Apart
+from trivet.model.prompt import Prompt
 from trivet.spec import Rope, Yarn
 
 
@@ -143,6 +144,7 @@ class Layout:
     length: int
     device: torch.device
     span: int | None = None
+    prompt: Prompt | None = None  # what is known of all rows at once, so that no mask is needed
     _rotations: dict[tuple[Rope, Place | None], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
     _documents: Tensor | None = None

@@ -23,6 +23,7 @@ from trivet.model.ffn import DenseFFN, MoEFFN, Routing
 from trivet.model.layers import Layout, Linear, RMSNorm
 from trivet.model.linear import LightningAttention
 from trivet.model.mla import LatentAttention
+from trivet.model.prompt import Prompt
 from trivet.spec import DualResidual, LayerSpec, ModelSpec, PostNorm, PreNorm
 
 Stream = tuple[Tensor, Tensor]  # (x, ResiDual's accumulator r); the other styles leave r alone
@@ -113,14 +114,17 @@ class Transformer(nn.Module):
         caches: Sequence[LayerCache] | None = None,
         span: int | None = None,
         routing: Routing | None = None,
+        prompt: Prompt | None = None,
     ) -> Tensor:
         """tokens [B,T] -> hidden [B,T,D] after the final norm.
 
         positions [B,T]: 0 starts a document, -1 is padding; None: every row is one document.
         caches: one a layer, rows 0..B-1 of which are read and written; None: the training path.
         span: with caches, the largest position of this call + 1; None: computed (one host sync).
+        prompt: with caches, that this is one piece of a long prompt in all rows (`prefill.py`).
         """
         layout = self._layout(tokens, positions, caches is not None, span)
+        layout.prompt = prompt
         stream = self._enter(self.embed[tokens])
         for i, layer in enumerate(self.layers):
             stream = layer(stream, layout, caches[i] if caches is not None else None, routing)
