@@ -106,6 +106,13 @@ class Transformer(nn.Module):
         if seed is not None:
             init_weights(self, seed)
 
+    def with_spec(self, spec: ModelSpec) -> Transformer:
+        """This model's tensors under another spec of the same shapes, e.g. with other positions. Nothing is copied."""
+        with torch.device("meta"):
+            other = Transformer(spec, seed=None)
+        other.load_state_dict(self.state_dict(), assign=True)
+        return other.to(self.embed.device).train(self.training)
+
     # --- forward --------------------------------------------------------------------------------
     def forward(
         self,

@@ -16,6 +16,7 @@ Left out: anything that is not the model's identity (dtype, device, kernels, dro
 
 from __future__ import annotations
 
+from trivet.spec.extend import with_chunks, with_yarn
 from trivet.spec.ffns import FFN, MoE, SwiGLU
 from trivet.spec.frozen import Frozen
 from trivet.spec.mixers import GQA, MLA, Lightning, Mixer
@@ -43,5 +44,7 @@ __all__ = [
     "SwiGLU",
     "Yarn",
     "expand_pattern",
+    "with_chunks",
+    "with_yarn",
     "write_pattern",
 ]
