@@ -5,8 +5,8 @@
 
 retrieval  Filler tokens, among them eight that each hold a key and a value; at the end the eight keys in
            random order, each to be followed by its value. The same weights are read as they are, and
-           extended at load time: by YaRN, by dual chunks (DCA), by both (each the square root of the factor).
-           95% intervals: bootstrap over texts.
+           extended at load time: by YaRN, by dual chunks (DCA), by both (each the square root of the factor),
+           and by DCA along few lines (MInference). 95% intervals: bootstrap over texts.
 prefill    One prompt through `prefill` in pieces, random weights: full attention, the same along chosen lines
            (MInference), dual chunks, and three of four layers lightning. Ratios to full attention, sides
            taking turns.
@@ -29,7 +29,7 @@ from common import arguments, machine, take_turns, write
 from trivet.measure.stats import bootstrap
 from trivet.model import Transformer, load_model, save_model
 from trivet.model.prefill import prefill
-from trivet.model.prompt import Sparse
+from trivet.model.prompt import Kept, Prompt, Sparse
 from trivet.spec import GQA, Lightning, ModelSpec, Rope, SwiGLU, with_chunks, with_yarn
 from trivet.train.optim import Optimizer
 
@@ -98,26 +98,45 @@ WAYS: dict[str, Callable[[ModelSpec, float], ModelSpec]] = {
 }  # fmt: skip
 
 
+LINES = Sparse(vertical=64, slash=32, sinks=4, local=16, measure=True)
+
+
 @torch.no_grad()
+def answers(model: Transformer, tokens: Tensor, asked: Tensor, sparse: Sparse | None) -> tuple[list[float], Kept]:
+    """Share of right answers of each text; with `sparse` the text is one piece of a prompt."""
+    right, kept = [], Kept()
+    for some in tokens.split(8):
+        if sparse is None:
+            hidden = model(some)
+        else:
+            count, length = some.shape
+            prompt = Prompt(0, (length,) * count, sparse, kept)
+            at = torch.arange(length).expand(count, -1)
+            hidden = model(some, at, model.new_caches(count, length), length, prompt=prompt)
+        right += (model.logits(hidden[:, asked]).argmax(-1) == some[:, asked + 1]).float().mean(1).tolist()
+    return right, kept
+
+
 def retrieval(args: argparse.Namespace) -> list[dict[str, Any]]:
     results = []
     for seed in (int(s) for s in args.seeds.split(",")):
         model = trained(seed, args.steps, args.models)
         for factor in FACTORS:
             tokens, asked = texts(args.count, TRAINED * factor, 10**9 + factor)
-            for name, extend in WAYS.items():
+            for name, extend in (WAYS | {"DCA lines": chunks}).items():
                 longer = model if factor == 1 else model.with_spec(extend(model.spec, factor))
-                right = torch.cat([
-                    (longer.logits(longer(some)[:, asked]).argmax(-1) == some[:, asked + 1]).float().mean(1)
-                    for some in tokens.split(8)
-                ]).tolist()  # fmt: skip
-                low, high = bootstrap(right)
-                share = sum(right) / len(right)
-                results.append({"seed": seed, "length": TRAINED * factor, "way": name, "right": share, "low": low, "high": high})  # fmt: skip
-                print(
-                    f"seed {seed}  {TRAINED * factor:5d} tokens  {name:9s} {share:.3f} [{low:.3f}, {high:.3f}]",
-                    flush=True,
+                right, kept = answers(longer, tokens, asked, LINES if name == "DCA lines" else None)
+                (low, high), share = bootstrap(right), sum(right) / len(right)
+                results.append({
+                    "seed": seed, "length": TRAINED * factor, "way": name, "right": share, "low": low, "high": high,
+                    "pairs": kept.share, "recovered": kept.recovered,
+                })  # fmt: skip
+                lines = (
+                    ""
+                    if kept.recovered is None
+                    else f"  {kept.share:.1%} of the pairs, {kept.recovered:.1%} of the mass"
                 )
+                print(f"seed {seed}  {TRAINED * factor:5d} tokens  {name:9s} {share:.3f} [{low:.3f}, {high:.3f}]{lines}", flush=True)  # fmt: skip
     return results
 
 
@@ -176,8 +195,8 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("runs/long_context"), help="where retrievers are kept")
     parser.add_argument("--lengths", default="1024,2048,4096,8192,16384,32768")
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of a piece")
-    parser.add_argument("--vertical", type=int, default=256)
-    parser.add_argument("--slash", type=int, default=256)
+    parser.add_argument("--vertical", type=int, default=512)
+    parser.add_argument("--slash", type=int, default=128)
     args = parser.parse_args()
     facts = machine(args)
     results = retrieval(args) if args.what == "retrieval" else prefill_times(args)

@@ -12,7 +12,7 @@ class Sparse:
     """Lines of attention that a prompt's pieces compute (`sparse.py`), for each head.
 
     vertical, slash: how many columns and diagonals, of which the first `sinks` and the nearest `local` always.
-    last: queries that the lines are found with. measure: also the recovered attention mass, on a query in 128.
+    last: queries that the lines are found with. measure: also the recovered attention mass, on a query in 64.
     """
 
     vertical: int = 512

@@ -24,8 +24,8 @@ from torch import Tensor
 from trivet.model.blocks import Reach, attend_blocks
 from trivet.model.prompt import Prompt, Sparse
 
-BLOCK = 128  # queries that share their keys
-KEYS = 64  # keys of a block that a diagonal is widened to
+BLOCK = 64  # queries that share their keys: fewer waste less on diagonals, more make larger products
+KEYS = 16  # keys of a block that a diagonal is widened to
 
 
 def attend_prompt(q: Tensor, k: Tensor, v: Tensor, scale: float, reach: Reach, prompt: Prompt) -> Tensor:
