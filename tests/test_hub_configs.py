@@ -14,7 +14,7 @@ import torch
 from trivet.config import UserError
 from trivet.hub import FAMILIES, catalog, known_model, known_names, read_config, read_config_file
 from trivet.model.layers import inverse_frequencies
-from trivet.spec import GQA, MLA, GatedDeltaNet, Lightning, MoE
+from trivet.spec import GQA, MLA, DualChunks, GatedDeltaNet, Lightning, MoE
 from trivet.spec.pattern import expand_pattern, write_pattern
 
 transformers = pytest.importorskip("transformers")
@@ -250,9 +250,22 @@ def test_names_are_found_in_any_spelling() -> None:
         known_model("openai-o3")
 
 
-def test_a_long_context_that_is_not_computed_is_said() -> None:
+def test_dual_chunks_are_read_and_what_differs_is_said() -> None:
     model = known_model("qwen2.5-7b-instruct-1m")
-    assert model is not None and model.spec.context_length == 253_952 and "dual chunk" in model.notes[0]
+    assert model is not None and model.spec.context_length == 1_010_000 and "length as in vLLM" in model.notes[0]
+    gqa = model.spec.mixers["gqa"]
+    assert isinstance(gqa, GQA)
+    assert gqa.chunks == DualChunks(chunk_size=262_144, local_size=8_192, original_length=262_144)
+    config = catalog()["qwen2.5-7b-instruct-1m"]["config"]
+    chunks = config["dual_chunk_attention_config"]
+    sparse = read_config(config | {"dual_chunk_attention_config": chunks | {"sparse_attention_enabled": True}}, "x")
+    assert "sparse prefill is not used" in sparse.notes[0] and sparse.spec == model.spec
+    with pytest.raises(UserError, match="dual_chunk_attention_config.*not computed: stride"):
+        read_config(config | {"dual_chunk_attention_config": chunks | {"stride": 2}}, "x")
+    with pytest.raises(UserError, match="local_size .* must be below chunk_size"):
+        read_config(config | {"dual_chunk_attention_config": chunks | {"local_size": 262_144}}, "x")
+    plain = read_config({k: v for k, v in config.items() if k != "dual_chunk_attention_config"}, "x")
+    assert plain.spec != model.spec and plain.notes == ()  # the twin
 
 
 def test_every_family_is_tested() -> None:

@@ -18,6 +18,7 @@ from trivet.spec import (
     FFN,
     GQA,
     MLA,
+    DualChunks,
     DualResidual,
     GatedDeltaNet,
     Lightning,
@@ -46,11 +47,13 @@ MIXERS: dict[str, Mixer] = {
     "window": GQA(heads=4, kv_heads=2, head_dim=8, rope=ROPE, window=5),
     "joint_norm": GQA(heads=4, kv_heads=2, head_dim=8, rope=ROPE, qk_norm=True, qk_norm_over="all"),
     "out_gate": GQA(heads=4, kv_heads=2, head_dim=8, rope=Rope(dims=2, theta=100.0), qk_norm=True, out_gate=True),
+    "chunks": GQA(heads=4, kv_heads=2, head_dim=8, rope=Rope(dims=4, theta=100.0), qk_norm=True,
+                  chunks=DualChunks(chunk_size=7, local_size=3, original_length=6)),
     "mla": MLA(heads=3, kv_rank=10, nope_dim=6, v_dim=7, rope=Rope(dims=4, interleaved=True)),
     "mla_q": MLA(heads=3, kv_rank=10, q_rank=9, nope_dim=6, v_dim=12, rope=Rope(dims=4, yarn=YARN)),
     "lightning": Lightning(heads=3, head_dim=8),
     "delta": GatedDeltaNet(heads=4, key_heads=2, key_dim=8, value_dim=6),
-}
+}  # fmt: skip
 FFNS: dict[str, FFN] = {
     "dense": SwiGLU(hidden=40),
     "moe": MoE(experts=6, top_k=2, hidden=16, shared_hidden=8, scale=1.5, balance=0.01),

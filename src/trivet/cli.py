@@ -39,6 +39,12 @@ Budget = Annotated[
     int | None, typer.Option("--budget", "-b", min=0, help="At most this many thinking tokens. Default: unlimited.")
 ]
 NoThink = Annotated[bool, typer.Option("--no-think", help="Answer at once, with the thinking block closed.")]
+RopeYarn = Annotated[
+    float | None, typer.Option("--rope-yarn", help="Stretch the context by this factor with YaRN, e.g. 4. Untrained.")
+]
+DualChunk = Annotated[
+    float | None, typer.Option("--dual-chunk", help="Stretch the context by this factor with dual chunk attention.")
+]
 
 # A step of training, to `trivet plan`. What is not given is what the TOML's [train] says.
 Rows = Annotated[int | None, typer.Option(min=1, help="Rows of a device's microbatch. Default: the TOML's, or 1.")]
@@ -108,6 +114,8 @@ def evaluate(
     ] = 256,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    rope_yarn: RopeYarn = None,
+    dual_chunk: DualChunk = None,
     device: Device = "auto",
 ) -> None:
     """Accuracy on held-out problems with 95% intervals, for one or more thinking budgets."""
@@ -116,7 +124,7 @@ def evaluate(
 
     evaluate_directory(
         model, task, settings or [], _budgets(budgets, no_think), not no_tools, count,
-        Sampling(temperature=temperature, max_tokens=max_tokens), seed, as_json, _device(device),
+        Sampling(temperature=temperature, max_tokens=max_tokens), seed, as_json, _device(device), rope_yarn, dual_chunk,
     )  # fmt: skip
 
 
@@ -136,6 +144,8 @@ def chat(
         bool, typer.Option("--fold/--unfold", help="Fold long thoughts to their last line when they are done.")
     ] = True,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    rope_yarn: RopeYarn = None,
+    dual_chunk: DualChunk = None,
     device: Device = "auto",
 ) -> None:
     """Talk to a model in the terminal: thoughts dimmed, tool calls shown, tokens counted."""
@@ -143,7 +153,8 @@ def chat(
 
     thinking: int | Literal["off"] | None = "off" if no_think else budget
     names = [name for name in tools.split(",") if name]
-    converse(model, thinking, names, temperature, max_tokens, fold, seed, _device(device))
+    on = _device(device)
+    converse(model, thinking, names, temperature, max_tokens, fold, seed, on, rope_yarn, dual_chunk)
 
 
 @app.command()

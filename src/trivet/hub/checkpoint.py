@@ -25,7 +25,7 @@ from trivet.hub import read_config_file
 from trivet.hub.names import FAMILY_NAMES, Names, Slot, shared_copies, slots
 from trivet.model import Transformer
 from trivet.model.io import load_model, save_tensors
-from trivet.spec import ModelSpec
+from trivet.spec import ModelSpec, with_chunks, with_yarn
 
 INDEX = "model.safetensors.index.json"
 BLOCK = 128  # of an FP8 scale
@@ -112,14 +112,26 @@ def load_any(directory: Path, device: torch.device | str = "cpu", dtype: torch.d
 
 
 def load_pair(
-    directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    directory: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    rope_yarn: float | None = None,
+    dual_chunk: float | None = None,
 ) -> tuple[Transformer, Chat]:
-    """A model and what it reads and writes. Raises UserError where they do not belong together."""
+    """A model and what it reads and writes. Raises UserError where they do not belong together.
+
+    rope_yarn, dual_chunk: its context times this, by YaRN or by dual chunks (`spec/extend.py`), with a warning.
+    """
     model, chat = load_any(directory, device, dtype), Chat.load(directory)
     if chat.vocab_size > model.spec.vocab_size:
         raise UserError(
             f"{directory}: its tokenizer knows {chat.vocab_size:,} tokens, its model only {model.spec.vocab_size:,}."
         )
+    for extend, factor in ((with_yarn, rope_yarn), (with_chunks, dual_chunk)):
+        if factor is not None:
+            spec, said = extend(model.spec, factor)
+            warnings.warn(f"{directory}: {said}.", stacklevel=2)
+            model = model.with_spec(spec)
     return model, chat
 
 

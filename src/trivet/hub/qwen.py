@@ -4,21 +4,36 @@ from __future__ import annotations
 
 from trivet.hub.config import Config
 from trivet.hub.llama import attention, decoder
-from trivet.spec import GatedDeltaNet, ModelSpec, MoE, SwiGLU
+from trivet.spec import DualChunks, GatedDeltaNet, ModelSpec, MoE, SwiGLU
 from trivet.spec.pattern import write_pattern
 
 
 def qwen2(c: Config) -> ModelSpec:
     _no_windows(c)
-    chunks = c.take("dual_chunk_attention_config", None)
-    spec = decoder(c, attention(c, qkv_bias=True), SwiGLU(hidden=c.take("intermediate_size")))
-    if chunks is None:
-        return spec
-    same = chunks["chunk_size"] - chunks["local_size"]
-    c.notes.append(
-        f"dual chunk attention is not computed yet; up to {same:,} tokens it is plain attention, so that is the context"
-    )
-    return spec.model_copy(update={"context_length": same})
+    gqa = attention(c, qkv_bias=True, chunks=_dual_chunks(c))
+    return decoder(c, gqa, SwiGLU(hidden=c.take("intermediate_size")))
+
+
+def _dual_chunks(c: Config) -> DualChunks | None:
+    """Qwen2.5-1M's positions (arXiv 2501.15383); its sparse prefill changes the maths, so it is the user's to ask for."""
+    found = c.take("dual_chunk_attention_config", None)
+    if found is None:
+        return None
+    inner = Config(found, f"{c.where}: dual_chunk_attention_config")
+    chunks = DualChunks(
+        chunk_size=inner.take("chunk_size"), local_size=inner.take("local_size"),
+        original_length=inner.take("original_max_position_embeddings", None),
+    )  # fmt: skip
+    sparse = [inner.take(f"sparse_attention_{key}", None) for key in ("enabled", "config", "threshold", "last_q")]
+    inner.finish()
+    if any(sparse[:2]):
+        c.notes.append("its sparse prefill is not used, attention is exact")
+    if chunks.original_length is not None:
+        c.notes.append(
+            f"logits of queries past token {chunks.original_length:,} are scaled by their own position, not by the prompt's "
+            "length as in vLLM"
+        )
+    return chunks
 
 
 def qwen2_moe(c: Config) -> ModelSpec:

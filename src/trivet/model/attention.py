@@ -13,8 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trivet.model.blocks import Reach
 from trivet.model.cache import KVCache
+from trivet.model.chunks import PARTS, Placed, attend_chunks, temperature
 from trivet.model.layers import Layout, Linear, Norms, apply_rope, causal
+from trivet.model.sparse import attend_prompt
 from trivet.spec import GQA
 
 
@@ -39,11 +42,21 @@ class Attention(nn.Module):
         q = self._normed(self.q_proj(x), self.q_norm)  # [B,T,H,hd]
         k = self._normed(self.k_proj(x), self.k_norm)  # [B,T,K,hd]
         v = self.v_proj(x).unflatten(-1, (s.kv_heads, s.head_dim))
-        q, k = self._rotate(q, layout), self._rotate(k, layout)
+        if s.chunks is None:
+            q, k = (self._rotate(x, layout.rotation(s.rope)) for x in (q, k))
+        else:  # q [3,B,T,H,hd]: one rotation for each kind of chunk, and keys turned once
+            turns = [layout.rotation(s.rope, Placed(s.chunks, part)) for part in PARTS]
+            k = self._rotate(k, turns[0])
+            q = torch.stack([self._rotate(q, turn) for turn in turns])
+            if s.chunks.original_length is not None:
+                q = q * temperature(layout.at(), s.chunks.original_length)[..., None, None].to(q.dtype)
         if cache is not None:
             assert layout.positions is not None and layout.span is not None
             k, v = (x.transpose(1, 2) for x in cache.update(k, v, layout.positions, layout.span))  # [B,S,K,hd]
-        y = attend_documents(q, k, v, layout, s.head_dim**-0.5, s.window)  # [B,T,H,hd]
+        if s.chunks is None:
+            y = attend_documents(q, k, v, layout, s.head_dim**-0.5, s.window)  # [B,T,H,hd]
+        else:
+            y = attend_chunks(q, k, v, layout, s.chunks, s.head_dim**-0.5)
         y = y.flatten(2)
         return self.o_proj(y if self.gate is None else y * self.gate(x).sigmoid())
 
@@ -54,11 +67,11 @@ class Attention(nn.Module):
         x = x.unflatten(-1, (-1, self.spec.head_dim))
         return norm(x) if self.spec.qk_norm_over == "head" else x
 
-    def _rotate(self, x: Tensor, layout: Layout) -> Tensor:
+    def _rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         rope = self.spec.rope
         if rope.dims == 0:
             return x
-        turned = apply_rope(x[..., : rope.dims], layout.rotation(rope), rope.interleaved)
+        turned = apply_rope(x[..., : rope.dims], rotation, rope.interleaved)
         return turned if rope.dims == x.shape[-1] else torch.cat((turned, x[..., rope.dims :]), -1)
 
 
@@ -67,8 +80,12 @@ def attend_documents(
 ) -> Tensor:
     """Attention within each document of a call: q [B,T,H,hd], k [B,S,K,hd], v [B,S,K,vd] -> [B,T,H,vd].
 
-    Two forms: masked rows, or document by document where packed rows would mostly compute what is masked.
+    Three forms: masked rows, document by document where packed rows would mostly compute what is masked, and a
+    prompt's piece in blocks.
     """
+    if layout.prompt is not None:
+        forms, reach = q.transpose(1, 2).unsqueeze(0), Reach(window)
+        return attend_prompt(forms, k.transpose(1, 2), v.transpose(1, 2), scale, reach, layout.prompt).transpose(1, 2)
     apart = layout.apart()
     if apart is None:
         return _attend_rows(q, k, v, layout.mask(window), scale)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trivet.model.packed import WORTH_IT, Apart
+from trivet.model.prompt import Prompt
 from trivet.spec import Rope, Yarn
 
 
@@ -134,6 +135,9 @@ def apply_rope(x: Tensor, rotation: tuple[Tensor, Tensor], interleaved: bool) ->
 
 
 # ------------------------------------------------------------------------------------------- layout
+Place = Callable[[Tensor], Tensor]  # positions [B,T] -> where to stand instead; hashable, equal if it does the same
+
+
 @dataclass
 class Layout:
     """Where every token of a call stands, shared by all layers.
@@ -148,7 +152,8 @@ class Layout:
     length: int
     device: torch.device
     span: int | None = None
-    _rotations: dict[Rope, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    prompt: Prompt | None = None  # what is known of all rows at once, so that no mask is needed
+    _rotations: dict[tuple[Rope, Place | None], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
     _documents: Tensor | None = None
     _apart: Apart | None = None
@@ -157,14 +162,18 @@ class Layout:
     def cached(self) -> bool:
         return self.span is not None
 
-    def rotation(self, rope: Rope) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each [B or 1, T, dims/2], in fp32."""
-        if rope not in self._rotations:
-            at = self.positions if self.positions is not None else self._counting()
+    def rotation(self, rope: Rope, place: Place | None = None) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each [B or 1, T, dims/2], in fp32. `place` moves the tokens first; None: where they stand."""
+        if (rope, place) not in self._rotations:
+            at = self.at() if place is None else place(self.at())
             angles = at.unsqueeze(-1).float() * inverse_frequencies(rope, self.device)
             amplitude = rotation_amplitude(rope)
-            self._rotations[rope] = (angles.cos() * amplitude, angles.sin() * amplitude)
-        return self._rotations[rope]
+            self._rotations[rope, place] = (angles.cos() * amplitude, angles.sin() * amplitude)
+        return self._rotations[rope, place]
+
+    def at(self) -> Tensor:
+        """[B or 1, T] the position of each token, -1 where there is none."""
+        return self.positions if self.positions is not None else torch.arange(self.length, device=self.device)[None]
 
     def mask(self, window: int | None = None) -> Tensor | None:
         """Who sees whom, bool [B,1,T,T] (training) or [B,1,T,S] (cached). None: plain causal."""
@@ -175,8 +184,7 @@ class Layout:
     def documents(self) -> Tensor:
         """[B,T] document number of each token of the row (a position 0 opens the next one)."""
         if self._documents is None:
-            at = self.positions if self.positions is not None else self._counting()
-            self._documents = (at == 0).cumsum(-1).expand(self.batch, -1)
+            self._documents = (self.at() == 0).cumsum(-1).expand(self.batch, -1)
         return self._documents
 
     def apart(self) -> Apart | None:
@@ -186,9 +194,6 @@ class Layout:
         if self._apart is None:
             self._apart = Apart.of(self.positions)
         return self._apart if self._apart.pairs < WORTH_IT * self.batch * self.length**2 else None
-
-    def _counting(self) -> Tensor:
-        return torch.arange(self.length, device=self.device).unsqueeze(0)
 
     def _build_mask(self, window: int | None) -> Tensor | None:
         if self.span is not None:

@@ -15,12 +15,15 @@ are never formed. m is YaRN's temperature and 1 without it.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trivet.model.attention import attend, attend_documents
 from trivet.model.cache import LatentCache
 from trivet.model.layers import Layout, Linear, Norms, apply_rope, yarn_temperature
 from trivet.spec import MLA
+
+EXPANDED = 2**19  # numbers of keys and values that a prompt's piece has at a time, if a head has no more
 
 
 class LatentAttention(nn.Module):
@@ -61,14 +64,22 @@ class LatentAttention(nn.Module):
         return self.o_proj(y.flatten(2))
 
     def expanded(self, q_nope: Tensor, q_rope: Tensor, memory: Tensor, layout: Layout) -> Tensor:
-        """Form every head's keys and values from the latents, then attend. -> [B,T,H,v]"""
+        """Form every head's keys and values from the latents, then attend. -> [B,T,H,v]
+
+        Of a prompt's piece a few heads at a time, so that keys and values never stand beside the cache in full.
+        """
         s = self.spec
         latent, k_rope = memory.split((s.kv_rank, s.rope.dims), -1)
-        kv = self.kv_up(latent).unflatten(-1, (s.heads, s.nope_dim + s.v_dim))  # [B,S,H,nope+v]
-        k_nope, v = kv.split((s.nope_dim, s.v_dim), -1)
-        k = torch.cat((k_nope, k_rope.unsqueeze(2).expand(-1, -1, s.heads, -1)), -1)
+        up = self.kv_up.weight.view(s.heads, s.nope_dim + s.v_dim, s.kv_rank)  # [H,nope+v,C]
         q = torch.cat((q_nope, q_rope), -1)
-        return attend_documents(q, k, v, layout, self.scale)
+        some = s.heads if layout.prompt is None else max(1, EXPANDED // (memory[..., 0].numel() * (s.qk_dim + s.v_dim)))
+        done = []
+        for part in (slice(i, i + some) for i in range(0, s.heads, some)):
+            kv = F.linear(latent, up[part].flatten(0, 1)).unflatten(-1, (-1, s.nope_dim + s.v_dim))  # [B,S,H,nope+v]
+            k_nope, v = kv.split((s.nope_dim, s.v_dim), -1)
+            k = torch.cat((k_nope, k_rope.unsqueeze(2).expand(-1, -1, k_nope.shape[2], -1)), -1)
+            done.append(attend_documents(q[:, :, part], k, v, layout, self.scale))
+        return done[0] if len(done) == 1 else torch.cat(done, 2)
 
     def absorbed(self, q_nope: Tensor, q_rope: Tensor, memory: Tensor, layout: Layout) -> Tensor:
         """Attend over the latents themselves: one (C+rope)-wide key, one C-wide value. -> [B,T,H,v]"""

@@ -27,6 +27,7 @@ from trivet.model.ffn import DenseFFN, MoEFFN, Routing
 from trivet.model.layers import Layout, Linear, Norms, RMSNorm
 from trivet.model.linear import LightningAttention
 from trivet.model.mla import LatentAttention
+from trivet.model.prompt import Prompt
 from trivet.spec import DualResidual, LayerSpec, ModelSpec, PostNorm, PreNorm
 
 Stream = tuple[Tensor, Tensor]  # (x, ResiDual's accumulator r); the other styles leave r alone
@@ -134,6 +135,13 @@ class Transformer(nn.Module):
         if seed is not None:
             init_weights(self, seed)
 
+    def with_spec(self, spec: ModelSpec) -> Transformer:
+        """This model's tensors under another spec of the same shapes, e.g. with other positions. Nothing is copied."""
+        with torch.device("meta"):
+            other = Transformer(spec, seed=None)
+        other.load_state_dict(self.state_dict(), assign=True)
+        return other.to(self.embed.device).train(self.training)
+
     # --- forward --------------------------------------------------------------------------------
     def forward(
         self,
@@ -143,6 +151,7 @@ class Transformer(nn.Module):
         span: int | None = None,
         routing: Routing | None = None,
         recompute: bool = False,
+        prompt: Prompt | None = None,
     ) -> Tensor:
         """tokens [B,T] -> hidden [B,T,D] after the final norm.
 
@@ -150,8 +159,10 @@ class Transformer(nn.Module):
         caches: one a layer, rows 0..B-1 of which are read and written; None: the training path.
         span: with caches, the largest position of this call + 1; None: computed (one host sync).
         recompute: keep for the backward pass only what flows between layers. Not with caches.
+        prompt: with caches, that this is one piece of a long prompt in all rows (`prefill.py`).
         """
         layout = self._layout(tokens, positions, caches is not None, span)
+        layout.prompt = prompt
         stream = self._enter(self.embed[tokens])
         for i, layer in enumerate(self.layers):
             cache = caches[i] if caches is not None else None

@@ -36,10 +36,12 @@ def converse(
     fold: bool,
     seed: int,
     device: torch.device,
+    rope_yarn: float | None = None,
+    dual_chunk: float | None = None,
 ) -> None:
     """Read lines, answer them. Raises UserError where the model or a tool can't be had."""
     console = Console(highlight=False)
-    model, chat = load_pair(directory, device)
+    model, chat = load_pair(directory, device, rope_yarn=rope_yarn, dual_chunk=dual_chunk)
     model.eval()
     tools = [get_tool(name) for name in tool_names]
     engine = Engine(model, chat, 1, model.spec.context_length, device, prefix_bytes=PREFIX_BYTES)

@@ -56,11 +56,12 @@ def export(directory: Path, like: Path, out: Path, dtype: str | None) -> None:
 
 def evaluate_directory(
     directory: Path, task_name: str, settings: list[str], budgets: list[Budget], tools: bool, count: int,
-    sampling: Sampling, seed: int, as_json: bool, device: torch.device,
+    sampling: Sampling, seed: int, as_json: bool, device: torch.device, rope_yarn: float | None = None,
+    dual_chunk: float | None = None,
 ) -> None:  # fmt: skip
     """Print one line a budget (or a JSON list). Problems are of the task's test split."""
     task = make_task({"name": task_name, **parse_settings(settings)})
-    model, chat = load_pair(directory, device)
+    model, chat = load_pair(directory, device, rope_yarn=rope_yarn, dual_chunk=dual_chunk)
     slots = min(model.spec.context_length, PROMPT_TOKENS + sampling.max_tokens)
     row_bytes = model.spec.cache_bytes_per_token(model.embed.element_size()) * slots + model.spec.state_bytes(4)
     rows = max(1, min(512, CACHE_BYTES // row_bytes))

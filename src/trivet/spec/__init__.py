@@ -17,17 +17,19 @@ Left out: anything that is not the model's identity (dtype, device, kernels, dro
 
 from __future__ import annotations
 
+from trivet.spec.extend import with_chunks, with_yarn
 from trivet.spec.ffns import FFN, MoE, SwiGLU
 from trivet.spec.frozen import Frozen
 from trivet.spec.mixers import GQA, MLA, GatedDeltaNet, Lightning, Mixer
 from trivet.spec.model import DualResidual, LayerSpec, ModelSpec, PostNorm, PreNorm, Residual
 from trivet.spec.pattern import expand_pattern, write_pattern
-from trivet.spec.positions import Llama3Scaling, Rope, Yarn
+from trivet.spec.positions import DualChunks, Llama3Scaling, Rope, Yarn
 
 __all__ = [
     "FFN",
     "GQA",
     "MLA",
+    "DualChunks",
     "DualResidual",
     "Frozen",
     "GatedDeltaNet",
@@ -44,5 +46,7 @@ __all__ = [
     "SwiGLU",
     "Yarn",
     "expand_pattern",
+    "with_chunks",
+    "with_yarn",
     "write_pattern",
 ]

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from trivet.spec.frozen import Frozen
-from trivet.spec.positions import Rope
+from trivet.spec.positions import DualChunks, Rope
 
 
 class GQA(Frozen):
@@ -23,6 +23,7 @@ class GQA(Frozen):
     out_gate: bool = False  # what attention found times sigmoid(W_g x) (arXiv 2505.06708), as Qwen3-Next
     qkv_bias: bool = False  # as Qwen2
     window: int | None = Field(default=None, gt=0)  # a query sees itself and window-1 before it
+    chunks: DualChunks | None = None  # positions counted anew in every chunk, as Qwen2.5-1M
 
     @model_validator(mode="after")
     def _divides(self) -> GQA:
@@ -32,6 +33,8 @@ class GQA(Frozen):
             raise ValueError(f"rope.dims ({self.rope.dims}) exceeds head_dim ({self.head_dim})")
         if self.qk_norm_over == "all" and not self.qk_norm:
             raise ValueError("qk_norm_over 'all' needs qk_norm = true")
+        if self.chunks is not None and (self.window is not None or self.rope.dims == 0):
+            raise ValueError("chunks give rotary positions a bound: they need rope.dims > 0 and no window")
         return self
 
     def params(self, d: int) -> int:

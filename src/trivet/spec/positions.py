@@ -51,3 +51,36 @@ class Rope(Frozen):
         if self.yarn is not None and self.llama3 is not None:
             raise ValueError("a rope is extended by yarn or by llama3, not by both")
         return self
+
+
+class DualChunks(Frozen):
+    """Dual chunk attention (arXiv 2402.17463): positions are counted anew in every chunk, so that no distance is new.
+
+    A chunk has n = chunk_size - local_size tokens. A key at j stands at j mod n; a query at i stands at i mod n for
+    keys of its own chunk, at min(i mod n + n, chunk_size) for the chunk before, at chunk_size for all older ones (where
+    local_size >= n, at 2n - 1). Up to position chunk_size that is plain attention; beyond it the local_size keys before
+    a query keep their distance at least, and no distance exceeds chunk_size.
+
+    original_length: logits of a query at position i are scaled by m^2, m = max(1, 0.1 ln((i+1)/original_length) + 1),
+    YaRN's temperature (Qwen2.5-1M, arXiv 2501.15383). None: they are not.
+    """
+
+    chunk_size: int = Field(gt=0)
+    local_size: int = Field(ge=0)
+    original_length: int | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _leaves_a_chunk(self) -> DualChunks:
+        if self.local_size >= self.chunk_size:
+            raise ValueError(f"local_size ({self.local_size}) must be below chunk_size ({self.chunk_size})")
+        return self
+
+    @property
+    def length(self) -> int:
+        """n, the tokens of a chunk."""
+        return self.chunk_size - self.local_size
+
+    @property
+    def farthest(self) -> int:
+        """Where a query stands for all but the nearest two chunks."""
+        return min(2 * self.length - 1, self.chunk_size)
