@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from trivet.hub.part import Part
 from trivet.spec import MLA, LayerSpec, Lightning, ModelSpec, MoE
 
 
@@ -21,6 +22,7 @@ class Slot:
     transposed: bool = False
     view: tuple[int, ...] = ()  # leading dimensions that theirs unflattens into
     pick: int | None = None  # which entry of the second of these dimensions
+    rows: tuple[int, ...] = ()  # the rows of theirs that a part of the model has; (): all
 
 
 ATTENTION = {f"{p}_proj.{kind}": f"self_attn.{p}_proj.{kind}" for p in "qkv" for kind in ("weight", "bias")} | {
@@ -79,34 +81,36 @@ FAMILY_NAMES = {
 }
 
 
-def slots(spec: ModelSpec, names: Names) -> Iterator[Slot]:
-    """Every tensor of a checkpoint of this family, and where it belongs."""
+def slots(spec: ModelSpec, names: Names, part: Part | None = None) -> Iterator[Slot]:
+    """Every tensor of a checkpoint of this family, and where it belongs. `part`: which of its layers and experts ours are."""
+    numbers, experts = (part.layers, part.experts) if part else (range(len(spec.layers)), None)
     yield Slot("model.embed_tokens.weight", "embed")
     yield Slot("model.norm.weight", "norm.weight")
     if not spec.tie_embeddings:
         yield Slot("lm_head.weight", "head")
     for i, layer in enumerate(spec.layers):
-        yield from _layer(layer, f"model.layers.{i}.", f"layers.{i}.", names)
+        yield from _layer(layer, f"model.layers.{numbers[i]}.", f"layers.{i}.", names, experts)
     for k in range(spec.mtp):  # stored as one more layer (DeepSeek-V3's README_WEIGHTS)
         theirs, ours = f"model.layers.{len(spec.layers) + k}.", f"mtp.{k}."
         yield Slot(theirs + "enorm.weight", ours + "embed_norm.weight")
         yield Slot(theirs + "hnorm.weight", ours + "hidden_norm.weight")
         yield Slot(theirs + "eh_proj.weight", ours + "eh_proj.weight")
         yield Slot(theirs + "shared_head.norm.weight", ours + "norm.weight")
-        yield from _layer(spec.layers[-1], theirs, ours + "layer.", names)
+        yield from _layer(spec.layers[-1], theirs, ours + "layer.", names, experts)
 
 
 def shared_copies(spec: ModelSpec) -> dict[str, str]:
     """Tensors that a checkpoint may store a second time, and the one that they must equal."""
-    copies = {} if not spec.tie_embeddings else {"lm_head.weight": "model.embed_tokens.weight"}
+    embed = "model.embed_tokens.weight"
+    copies = {"lm_head.weight": embed} if spec.tie_embeddings else {}
     for k in range(spec.mtp):
         layer = f"model.layers.{len(spec.layers) + k}."
-        copies[layer + "embed_tokens.weight"] = "model.embed_tokens.weight"
-        copies[layer + "shared_head.head.weight"] = "lm_head.weight"
+        copies[layer + "embed_tokens.weight"] = embed
+        copies[layer + "shared_head.head.weight"] = embed if spec.tie_embeddings else "lm_head.weight"
     return copies
 
 
-def _layer(layer: LayerSpec, theirs: str, ours: str, names: Names) -> Iterator[Slot]:
+def _layer(layer: LayerSpec, theirs: str, ours: str, names: Names, experts: tuple[int, ...] | None) -> Iterator[Slot]:
     yield Slot(theirs + "input_layernorm.weight", ours + "mixer_norm.weight")
     yield Slot(theirs + "post_attention_layernorm.weight", ours + "ffn_norm.weight")
     yield from _mixer(layer, theirs, ours + "mixer.")
@@ -114,11 +118,11 @@ def _layer(layer: LayerSpec, theirs: str, ours: str, names: Names) -> Iterator[S
     if not isinstance(ffn, MoE):
         yield from _swiglu(theirs + names.ffn, names.parts, ours + "ffn.")
         return
-    yield Slot(theirs + names.router, ours + "ffn.router")
+    yield Slot(theirs + names.router, ours + "ffn.router", rows=experts or ())
     if ffn.selection_bias:
-        yield Slot(theirs + names.router_bias, ours + "ffn.bias")
-    for e in range(ffn.experts):
-        gate, up, down = (f"{theirs}{names.expert.format(e=e)}.{part}.weight" for part in names.expert_parts)
+        yield Slot(theirs + names.router_bias, ours + "ffn.bias", rows=experts or ())
+    for e, number in enumerate(experts or range(ffn.experts)):
+        gate, up, down = (f"{theirs}{names.expert.format(e=number)}.{part}.weight" for part in names.expert_parts)
         yield Slot(gate, ours + "ffn.gate_up", (e, 0))
         yield Slot(up, ours + "ffn.gate_up", (e, 1))
         yield Slot(down, ours + "ffn.down", (e,), transposed=True)
