@@ -344,6 +344,9 @@ def test_a_checkpoint_is_evaluated_trained_talked_to_and_written_back(
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "back").chat_template == QWEN3
     config = json.loads((start / "config.json").read_text())
     (start / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    with pytest.raises(UserError, match="its model only 100"):
+        load_pair(start)
+    (start / "config.json").write_text(json.dumps(config | {"vocab_size": 500}))
     with pytest.raises(UserError, match="has shape"):
         load_pair(start)
     (start / "config.json").write_text(json.dumps(config))

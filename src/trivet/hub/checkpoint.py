@@ -119,7 +119,7 @@ def load_any(
     experts: Numbers = None,
 ) -> Transformer:
     """A model of Trivet's own, or a checkpoint of a known family (or a part of one)."""
-    if _is_family(directory):
+    if is_family(directory):
         return load_checkpoint(directory, device, dtype, layers, experts)
     if layers is not None or experts is not None:
         raise UserError(f"{directory}: parts are taken of a family's checkpoint; export this model first.")
@@ -130,7 +130,7 @@ def load_pair(
     directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[Transformer, Chat]:
     """A model and what it reads and writes. Raises UserError where they do not belong together, before weights are read."""
-    spec = read_config_file(directory / "config.json").spec if _is_family(directory) else load_spec(directory)
+    spec = read_config_file(directory / "config.json").spec if is_family(directory) else load_spec(directory)
     chat = Chat.load(directory)
     if chat.vocab_size > spec.vocab_size:
         raise UserError(
@@ -139,7 +139,8 @@ def load_pair(
     return load_any(directory, device, dtype), chat
 
 
-def _is_family(directory: Path) -> bool:
+def is_family(directory: Path) -> bool:
+    """Whether a directory is a checkpoint of a known family."""
     try:
         return json.loads((Path(directory) / "config.json").read_text()).get("model_type") in FAMILY_NAMES
     except (OSError, ValueError, AttributeError):

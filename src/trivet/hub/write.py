@@ -59,15 +59,19 @@ def write_config(spec: ModelSpec, family: str | None = None) -> dict[str, Any]:
 
 
 def rewrite_config(config: dict[str, Any], before: ModelSpec, after: ModelSpec) -> dict[str, Any]:
-    """A config.json that describes `before`, changed as little as it takes to describe `after`."""
+    """A config.json that describes `before`, changed as little as it takes to describe `after`. Raises UserError."""
+
+    def wrong(data: dict[str, Any]) -> list[str]:
+        return list(differences(after, read_spec(Config(data, "the changed config"))))
+
     old, new = words(before), words(after)
-    reader = Config(config, "the config")
-    read_spec(reader)
-    changed = {key: value for key, value in new.items() if key in reader.read and value != old[key]}
-    written = config | changed
-    wrong = list(differences(after, read_spec(Config(written, "the changed config"))))
-    if wrong:
-        raise UserError(f"A {config['model_type']} config can't say this part of the model: {wrong[0]}.")
+    changed = {key: value for key, value in new.items() if value != old.get(key)}
+    written = config | {key: value for key, value in changed.items() if config.get(key) is not None}
+    for key in [key for key in changed if written.get(key) is None]:
+        if len(wrong(written | {key: changed[key]})) < len(wrong(written)):  # a default held before and no longer does
+            written[key] = changed[key]
+    for first in wrong(written):
+        raise UserError(f"A {config['model_type']} config can't say this part of the model: {first}.")
     return written
 
 
@@ -86,20 +90,20 @@ def _attempt(spec: ModelSpec, family: str) -> tuple[dict[str, Any], list[str]]:
 def differences(ours: ModelSpec, theirs: ModelSpec) -> Iterator[str]:
     """Where two specs compute differently, whatever their tables and patterns call things."""
     mine, its = (s.model_dump(exclude={"pattern", "mixers", "ffns", "residuals"}) for s in (ours, theirs))
-    yield from (f"its {key} is {mine[key]} and would be read as {its[key]}" for key in mine if mine[key] != its[key])
+    yield from (f"its {key} is {mine[key]} and not {its[key]}" for key in mine if mine[key] != its[key])
     a, b = ours.layers, theirs.layers
     if len(a) != len(b):
-        yield f"it has {len(a)} layers and would be read as {len(b)}"
+        yield f"it has {len(a)} layers and not {len(b)}"
     for i, (x, y) in enumerate(zip(a, b, strict=False)):
         if x == y:
             continue
         mine, its = (_flat(layer.model_dump()) for layer in (x, y))
         kinds = [part for part in ("mixer", "ffn", "residual") if mine[f"{part}.kind"] != its[f"{part}.kind"]]
         for part in kinds:
-            yield f"layer {i}'s {part} is {mine[f'{part}.kind']} and would be read as {its[f'{part}.kind']}"
+            yield f"layer {i}'s {part} is {mine[f'{part}.kind']} and not {its[f'{part}.kind']}"
         for key in mine:
             if key in its and mine[key] != its[key] and key.partition(".")[0] not in kinds:
-                yield f"layer {i}'s {key} is {mine[key]} and would be read as {its[key]}"
+                yield f"layer {i}'s {key} is {mine[key]} and not {its[key]}"
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -117,8 +121,10 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 # -------------------------------------------------------------------------------------- spec -> words
 def words(spec: ModelSpec) -> dict[str, Any]:
-    """Every key by which some family says what this spec is. A key that two families read differently
-    (`intermediate_size`) says what fits a model that has both: the width of its dense layers."""
+    """Every key by which some family says what this spec is, and switches of which one value is computed.
+
+    A key that families read differently (`intermediate_size`) says the width of the dense layers, if there are any.
+    """
     layers = spec.layers
     moe = _first(MoE, [layer.ffn for layer in layers], spec.ffns)
     dense = _first(SwiGLU, [layer.ffn for layer in layers], {} if moe else spec.ffns)
@@ -141,13 +147,13 @@ def _mixer_words(spec: ModelSpec) -> dict[str, Any]:
     mixers = [layer.mixer for layer in spec.layers]
     types = ["linear_attention" if isinstance(m, Lightning) else "full_attention" for m in mixers]
     said: dict[str, Any] = {"layer_types": types, "attn_type_list": [int(t == "full_attention") for t in types]}
-    mla = _first(MLA, mixers, {})
+    mla, lightning = _first(MLA, mixers, {}), _first(Lightning, mixers, {})
     gqa = _first(GQA, mixers, {} if mla else spec.mixers)
     if gqa:
         said |= {
             "num_attention_heads": gqa.heads, "num_key_value_heads": gqa.kv_heads, "head_dim": gqa.head_dim,
-            "rotary_dim": gqa.rope.dims, "qkv_bias": gqa.qkv_bias, "use_sliding_window": gqa.window is not None,
-            "sliding_window": gqa.window, **_rope_words(gqa.rope),
+            "rotary_dim": gqa.rope.dims, "qkv_bias": gqa.qkv_bias, "use_sliding_window": False,
+            "sliding_window": None, **_rope_words(gqa.rope),
         }  # fmt: skip
     elif mla:
         said |= {
@@ -156,9 +162,7 @@ def _mixer_words(spec: ModelSpec) -> dict[str, Any]:
             "qk_rope_head_dim": mla.rope.dims, "v_head_dim": mla.v_dim, "rope_interleave": mla.rope.interleaved,
             **_rope_words(mla.rope),
         }  # fmt: skip
-    else:  # only layers without positions
-        lightning = _first(Lightning, mixers, {})
-        assert lightning is not None
+    elif lightning:
         said |= {"num_attention_heads": lightning.heads, "head_dim": lightning.head_dim}
     return said
 
@@ -190,7 +194,7 @@ def _moe_words(spec: ModelSpec, moe: MoE) -> dict[str, Any]:
         "n_routed_experts": moe.experts, "num_experts": moe.experts, "num_local_experts": moe.experts,
         "num_experts_per_tok": moe.top_k, "moe_intermediate_size": moe.hidden,
         "n_shared_experts": moe.shared_hidden // moe.hidden, "shared_expert_intermediate_size": moe.shared_hidden,
-        "shared_intermediate_size": moe.shared_hidden, "scoring_func": moe.score, "norm_topk_prob": moe.norm_topk,
+        "shared_intermediate_size": 0, "scoring_func": moe.score, "norm_topk_prob": moe.norm_topk,
         "routed_scaling_factor": moe.scale, "n_group": moe.groups, "topk_group": moe.top_groups, "topk_method": topk,
         "first_k_dense_replace": (*kinds, "moe").index("moe"), "moe_layer_freq": 1, "decoder_sparse_step": 1, "mlp_only_layers": [],
     }  # fmt: skip
@@ -198,7 +202,7 @@ def _moe_words(spec: ModelSpec, moe: MoE) -> dict[str, Any]:
 
 def _residual_words(spec: ModelSpec) -> dict[str, Any]:
     """MiniMax's factors, in both of its spellings."""
-    said: dict[str, Any] = {"postnorm": any(isinstance(layer.residual, PostNorm) for layer in spec.layers)}
+    said: dict[str, Any] = {"postnorm": True}
     for layer in spec.layers:
         if isinstance(layer.residual, PostNorm):
             r = layer.residual
