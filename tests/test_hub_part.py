@@ -41,7 +41,7 @@ def test_a_part_is_written_and_loaded_by_transformers(
     experts = {"deepseek_v2": "0:4,6:8", "deepseek_v3": "2:6"}.get(family, "0:3,4")
     text = ",".join(f"{i}:{i + 1}" for i in kept)
     export(tmp_path / "whole", tmp_path / "part", layers=text, experts=experts if sparse(family) else None)
-    assert f"{family}, {len(kept)} layers" in capsys.readouterr().out
+    assert f"{family}, {len(kept)} layer" in capsys.readouterr().out
     ours = load_checkpoint(tmp_path / "part")
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "part", output_loading_info=True, dtype=torch.float32

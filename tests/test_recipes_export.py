@@ -11,12 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from test_cli_verbs import call
 from test_hub_checkpoint import peer, v3
 from test_hub_configs import CONFIGS
 from test_model_zoo import gap
 from trivet.chat import Chat, bpe_chat, tiny_chat
 from trivet.chat_template import tokenizer_files
 from trivet.config import UserError
+from trivet.hub import read_config_file
 from trivet.hub.checkpoint import load_any, load_checkpoint, load_pair
 from trivet.messages import Message, ToolCall, ToolSpec
 from trivet.model import Transformer, save_model
@@ -48,6 +50,8 @@ def test_every_stored_tensor_comes_back(family: str, tmp_path: Path) -> None:
     whole = stored(tmp_path / "a") | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.arange(4.0)}
     for file in (tmp_path / "a").glob("model*"):
         file.unlink()
+    if read_config_file(tmp_path / "a" / "config.json").spec.tie_embeddings:
+        whole["lm_head.weight"] = whole["model.embed_tokens.weight"].clone()
     save_file(whole, tmp_path / "a" / "model.safetensors")
     export(tmp_path / "a", tmp_path / "b")
     assert same(stored(tmp_path / "a"), stored(tmp_path / "b"))
@@ -192,3 +196,19 @@ def test_a_family_can_be_asked_for_and_what_it_lacks_is_named(tmp_path: Path) ->
     changed = Chat(tiny_chat().tokenizer, "{{ messages }}", tiny_chat().markers)
     with pytest.raises(UserError, match="chat template is not the one of this version"):
         tokenizer_files(changed)
+
+
+def test_the_command_line_says_what_it_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peer("qwen3_moe", 0, tmp_path / "a")
+    words = ("export", str(tmp_path / "a"), "--layers", "1", "--experts", "0:3,4", "--dtype", "bf16")
+    code, out, err = call(monkeypatch, capsys, *words, "--out", str(tmp_path / "b"))
+    assert code == 0 and "qwen3_moe, 1 layer, " in out and "parameters in bfloat16." in out, err
+    for more, says in (
+        (("--layers", "9:12"), "layers: [9, 10, 11] asked for; there are 0 to"),
+        (("--layers", "x"), "--layers 'x' should read N (the first N), A:B"),
+        (("--family", "qwen4"), "No family 'qwen4'"),
+    ):
+        code, _, err = call(monkeypatch, capsys, "export", str(tmp_path / "a"), "--out", str(tmp_path / "c"), *more)
+        assert code == 1 and err.startswith("trivet: ") and says in err and err.strip().count("\n") == 0, err

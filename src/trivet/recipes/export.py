@@ -73,8 +73,9 @@ def export(
         save_checkpoint(model, aside, config, like=beside)
         for name, content in files.items():
             (aside / name).write_bytes(content)
+    depth = len(model.spec.layers)
     print(
-        f"Wrote {out}: {config['model_type']}, {len(model.spec.layers)} layers, {model.spec.num_params():,} parameters "
+        f"Wrote {out}: {config['model_type']}, {depth} layer{'s' * (depth > 1)}, {model.spec.num_params():,} parameters "
         f"in {config['dtype']}{', which was quantized' if _quantized(described) else ''}."
     )
 
