@@ -14,6 +14,7 @@ from test_model_zoo import PATTERNS, gap, spec_of
 from trivet.config import UserError
 from trivet.hub import FAMILIES, known_model, known_names, read_config
 from trivet.hub.checkpoint import save_checkpoint
+from trivet.hub.pairs import in_pairs, spec_in_pairs
 from trivet.hub.write import CLASSES, differences, write_config
 from trivet.model import Transformer
 from trivet.spec import GQA, MLA, Llama3Scaling, ModelSpec, MoE, Rope, SwiGLU, Yarn
@@ -145,3 +146,28 @@ def test_how_a_router_was_trained_is_not_the_models_business() -> None:
     assert not list(differences(spec, other))
     other = spec.model_copy(update={"ffns": {"b": spec.ffns["b"].model_copy(update={"scale": 2.0})}})
     assert list(differences(spec, other))
+
+
+@pytest.mark.parametrize("q_rank", [None, 12])
+@pytest.mark.parametrize("yarn", [None, Yarn(factor=4.0, original_length=16, beta_fast=4.0, mscale_all_dim=1.0)])
+def test_a_rotation_of_halves_is_written_in_pairs(q_rank: int | None, yarn: Yarn | None, tmp_path: Path) -> None:
+    """transformers reads `rope_interleave`, others take pairs for granted: the weights say it, not a switch."""
+    mla = MLA(heads=3, kv_rank=10, q_rank=q_rank, nope_dim=6, v_dim=7, rope=Rope(dims=8, yarn=yarn))
+    spec = OWN["deepseek_v3"].model_copy(update={"mixers": {"a": mla}, "mtp": 1})
+    ours = Transformer(spec)
+    randomise(ours)
+    made = in_pairs(ours)
+    assert made.spec == spec_in_pairs(spec) != spec and in_pairs(made) is made
+    tokens = torch.randint(0, spec.vocab_size, (2, 40), generator=torch.Generator().manual_seed(1))
+    hidden = ours(tokens)
+    assert gap(made(tokens), hidden) < 1e-5
+    assert gap(made.mtp_hidden(made(tokens), tokens)[0], ours.mtp_hidden(hidden, tokens)[0]) < 1e-5
+    config = write_config(made.spec)
+    assert config["rope_interleave"] is True
+    save_checkpoint(made, tmp_path, config)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert gap(theirs(tokens).logits, ours.logits(hidden)) < 1e-4
+    with torch.device("meta"):
+        mistaken = Transformer(made.spec, seed=None)
+    mistaken.load_state_dict(ours.state_dict(), assign=True)
+    assert gap(mistaken(tokens), hidden) > 1e-2  # the twin: the switch without the rows

@@ -18,6 +18,7 @@ from trivet.config import UserError
 from trivet.disk import atomic_dir
 from trivet.hub import Described, read_config_file
 from trivet.hub.checkpoint import Shards, account_for, is_family, load_any, save_checkpoint
+from trivet.hub.pairs import in_pairs, spec_in_pairs
 from trivet.hub.part import cut, parse_numbers
 from trivet.hub.write import differences, rewrite_config, write_config
 from trivet.model import load_spec
@@ -52,13 +53,16 @@ def export(
     source = like or (directory if is_family(directory) else None)
     described = None if source is None else read_config_file(source / "config.json")
     if described is None:
-        write_config(load_spec(directory), family)  # what can't be said is better known before weights are read
+        write_config(
+            spec_in_pairs(load_spec(directory)), family
+        )  # what can't be said is better known before weights are read
         files, ids = _own_tokenizer(Chat.load(directory))
     else:
         files, ids = _copied(source or directory), {key: described.config.get(key) for key in IDS}
     model = load_any(directory, "cpu", DTYPES[dtype], kept, chosen)
     beside = None
     if described is None or family is not None:
+        model = in_pairs(model)
         config = write_config(model.spec, family) | ids
     else:
         expected, _ = cut(described.spec, kept, chosen, str(source))
