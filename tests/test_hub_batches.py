@@ -59,6 +59,6 @@ def test_packed_rows(family: str, tmp_path: Path) -> None:
         padded = torch.nn.functional.pad(row, (0, 5)), torch.nn.functional.pad(positions, (0, 5), value=-1)
         assert gap(ours.logits(ours(*padded))[:, :-5], want) < 1e-4
         assert gap(ours.logits(ours(row)), want) > 1e-2  # the twin: one document
-        if family != "minimax":  # transformers' own packing, by positions; its lightning layers do not know it
+        if family not in ("minimax", "qwen3_next"):  # transformers' own packing; its linear layers do not know it
             packed = theirs(row, position_ids=positions, use_cache=False).logits
             assert gap(ours.logits(ours(row, positions)), packed) < 1e-4

@@ -14,12 +14,14 @@ from torch import Tensor
 from test_cli_verbs import call
 from test_hub_checkpoint import peer, v3
 from test_hub_configs import CONFIGS
+from test_hub_write import NEXT
 from test_model_zoo import gap
 from trivet.chat import Chat, bpe_chat, tiny_chat
 from trivet.chat_template import tokenizer_files
 from trivet.config import UserError
 from trivet.hub import read_config_file
-from trivet.hub.checkpoint import load_any, load_checkpoint, load_pair
+from trivet.hub.checkpoint import load_any, load_checkpoint, load_pair, save_checkpoint
+from trivet.hub.write import write_config
 from trivet.messages import Message, ToolCall, ToolSpec
 from trivet.model import Transformer, save_model
 from trivet.recipes.export import export
@@ -83,6 +85,39 @@ def test_a_module_that_the_config_does_not_count_is_kept(tmp_path: Path) -> None
     assert not load_checkpoint(tmp_path / "a").mtp
     export(tmp_path / "a", tmp_path / "b")
     assert same(tensors, stored(tmp_path / "b"))
+
+
+def test_a_module_that_no_config_counts_goes_where_its_model_goes(tmp_path: Path) -> None:
+    """Qwen3-Next's: its names are held against transformers' layers in test_hub_checkpoint."""
+    model = Transformer(NEXT.model_copy(update={"mtp": 1}))
+    randomise(model)
+    for name in ("a", "run", "plain"):
+        (tmp_path / name).mkdir()
+    save_checkpoint(model, tmp_path / "a", write_config(model.spec))
+    tensors = stored(tmp_path / "a")
+    assert "mtp.layers.0.self_attn.q_proj.weight" in tensors
+    export(tmp_path / "a", tmp_path / "b")
+    assert same(tensors, stored(tmp_path / "b"))
+    export(tmp_path / "a", tmp_path / "words", family="qwen3_next")
+    assert same(tensors, stored(tmp_path / "words"))
+    export(tmp_path / "a", tmp_path / "few", experts="0:3,4")
+    few, tokens = load_checkpoint(tmp_path / "few"), torch.arange(40)[None]
+    part = load_checkpoint(tmp_path / "a", experts=[0, 1, 2, 4])
+    assert torch.equal(few.mtp_hidden(few(tokens), tokens)[0], part.mtp_hidden(part(tokens), tokens)[0])
+    assert gap(few.mtp_hidden(few(tokens), tokens)[0], model.mtp_hidden(model(tokens), tokens)[0]) > 1e-3
+    export(tmp_path / "a", tmp_path / "short", layers="1:3")
+    assert not load_checkpoint(tmp_path / "short").mtp and "mtp.fc.weight" not in stored(tmp_path / "short")
+    with torch.no_grad():
+        model.mtp[0].eh_proj.weight.mul_(2.0)  # type: ignore[union-attr,operator]
+    save_model(model, tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "trained", like=tmp_path / "a")
+    after = stored(tmp_path / "trained")
+    assert torch.equal(after.pop("mtp.fc.weight"), 2 * tensors["mtp.fc.weight"])
+    assert same(after, {name: tensors[name] for name in tensors if name != "mtp.fc.weight"})
+    plain = Transformer(NEXT)  # trained without: what was stored would guess for another model
+    save_model(plain, tmp_path / "plain")
+    export(tmp_path / "plain", tmp_path / "without", like=tmp_path / "a")
+    assert not load_checkpoint(tmp_path / "without").mtp
 
 
 def test_fp8_is_written_as_what_was_computed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,7 +72,8 @@ def read_spec(config: Config) -> ModelSpec:
         return FAMILIES[kind](config)
     except ValidationError as e:  # a spec that makes no sense
         first = e.errors()[0]
-        raise UserError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']} (from its values).") from None
+        place = ".".join(map(str, first["loc"]))  # none where values do not fit each other
+        raise UserError(f"{where}: {place + ': ' if place else ''}{first['msg']} (from its values).") from None
     except (TypeError, ValueError, KeyError) as e:  # a value of the wrong type
         raise UserError(f"{where} has a value of a wrong type: {e}.") from None
 

@@ -16,12 +16,14 @@ from typing import Any, TypeVar
 from trivet.config import UserError, nearest
 from trivet.hub import read_spec
 from trivet.hub.config import Config
-from trivet.spec import GQA, MLA, Lightning, ModelSpec, MoE, PostNorm, Rope, SwiGLU
+from trivet.hub.names import FAMILY_NAMES
+from trivet.spec import GQA, MLA, GatedDeltaNet, Lightning, ModelSpec, MoE, PostNorm, Rope, SwiGLU
 
 # What transformers calls a family's class, in the order in which families are tried.
 CLASSES = {
     "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
     "mixtral": "MixtralForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM", "minimax_m2": "MiniMaxM2ForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM",
     "minimax": "MiniMaxForCausalLM", "minimax_m1": "MiniMaxM1ForCausalLM",
     "minimax_text_01": "MiniMaxText01ForCausalLM",
@@ -39,21 +41,25 @@ def write_config(spec: ModelSpec, family: str | None = None) -> dict[str, Any]:
     if family is not None:
         if family not in CLASSES:
             raise UserError(f"No family {family!r}; there are {', '.join(CLASSES)}.{nearest(family, CLASSES)}")
-        config, wrong = _attempt(spec, family)
+        config, wrong = _attempt(spec, _asked(spec, family))
         if wrong:
             raise UserError(f"A {family} config can't say this model: {wrong[0]}.")
         return config
     nearest_family: tuple[str, list[str]] | None = None
+    refusals: list[tuple[int, str]] = []
     for name in CLASSES:
+        asked = _asked(spec, name)
         try:
-            config, wrong = _attempt(spec, name)
-        except UserError:  # it needs what this model does not have
+            config, wrong = _attempt(spec, asked)
+        except UserError as e:  # it needs what this model does not have, or refuses what it has
+            refusals.append((len(asked.read & asked.data.keys()), str(e)))
             continue
         if not wrong:
             return config
         if nearest_family is None or len(wrong) < len(nearest_family[1]):
             nearest_family = name, wrong
-    assert nearest_family is not None  # llama needs nothing that a model could lack
+    if nearest_family is None:  # then the one that understood most of it
+        raise UserError(f"No family's config can say this model. {max(refusals)[1]}")
     name, wrong = nearest_family
     raise UserError(f"No family's config can say this model; {name} is the nearest, but {wrong[0]}.")
 
@@ -62,7 +68,7 @@ def rewrite_config(config: dict[str, Any], before: ModelSpec, after: ModelSpec) 
     """A config.json that describes `before`, changed as little as it takes to describe `after`. Raises UserError."""
 
     def wrong(data: dict[str, Any]) -> list[str]:
-        return list(differences(after, read_spec(Config(data, "the changed config"))))
+        return list(differences(after, _said(Config(data, "the changed config"), after)))
 
     old, new = words(before), words(after)
     changed = {key: value for key, value in new.items() if value != old.get(key)}
@@ -75,15 +81,25 @@ def rewrite_config(config: dict[str, Any], before: ModelSpec, after: ModelSpec) 
     return written
 
 
-def _attempt(spec: ModelSpec, family: str) -> tuple[dict[str, Any], list[str]]:
+def _asked(spec: ModelSpec, family: str) -> Config:
+    return Config({"model_type": family, **words(spec)}, f"As {family}, this model")
+
+
+def _attempt(spec: ModelSpec, config: Config) -> tuple[dict[str, Any], list[str]]:
     """A config of this family, and what it says wrong. Raises UserError where the reader needs what is not there."""
-    config = Config({"model_type": family, **words(spec)}, f"As {family}, this model")
+    family = config.data["model_type"]
     try:
-        wrong = list(differences(spec, read_spec(config)))
+        wrong = list(differences(spec, _said(config, spec)))
     except UserError as e:  # nobody misspelt anything
         raise UserError(str(e).partition(" Did you mean")[0]) from None
     taken = {key: value for key, value in config.data.items() if key in config.read}
     return {"architectures": [CLASSES[family]], "model_type": family, **taken}, wrong
+
+
+def _said(config: Config, spec: ModelSpec) -> ModelSpec:
+    """What the reader makes of it. Where no config counts prediction modules, one can be stored without a word."""
+    said, names = read_spec(config), FAMILY_NAMES[config.data["model_type"]]
+    return said if names.mtp_counted else said.model_copy(update={"mtp": min(spec.mtp, 1)})
 
 
 # ------------------------------------------------------------------------------------ trait by trait
@@ -145,15 +161,24 @@ def _first(kind: type[T], used: Sequence[object], table: Mapping[str, object]) -
 
 def _mixer_words(spec: ModelSpec) -> dict[str, Any]:
     mixers = [layer.mixer for layer in spec.layers]
-    types = ["linear_attention" if isinstance(m, Lightning) else "full_attention" for m in mixers]
+    types = ["linear_attention" if isinstance(m, Lightning | GatedDeltaNet) else "full_attention" for m in mixers]
     said: dict[str, Any] = {"layer_types": types, "attn_type_list": [int(t == "full_attention") for t in types]}
     mla, lightning = _first(MLA, mixers, {}), _first(Lightning, mixers, {})
+    delta = _first(GatedDeltaNet, mixers, spec.mixers)
     gqa = _first(GQA, mixers, {} if mla else spec.mixers)
+    if delta:
+        said |= {
+            "linear_num_value_heads": delta.heads, "linear_num_key_heads": delta.key_heads,
+            "linear_key_head_dim": delta.key_dim, "linear_value_head_dim": delta.value_dim,
+            "linear_conv_kernel_dim": delta.conv,
+        }  # fmt: skip
+    if gqa and delta:  # what MiniMax calls rotary_dim; others refuse any word for it
+        said["partial_rotary_factor"] = gqa.rope.dims / gqa.head_dim
     if gqa:
         said |= {
             "num_attention_heads": gqa.heads, "num_key_value_heads": gqa.kv_heads, "head_dim": gqa.head_dim,
             "rotary_dim": gqa.rope.dims, "qkv_bias": gqa.qkv_bias, "use_sliding_window": False,
-            "sliding_window": None, **_rope_words(gqa.rope),
+            "sliding_window": None, "use_qk_norm": True, "qk_norm_type": "per_layer", **_rope_words(gqa.rope),
         }  # fmt: skip
     elif mla:
         said |= {
@@ -164,6 +189,8 @@ def _mixer_words(spec: ModelSpec) -> dict[str, Any]:
         }  # fmt: skip
     elif lightning:
         said |= {"num_attention_heads": lightning.heads, "head_dim": lightning.head_dim}
+    elif delta:  # no layer looks at them, but none of its readers does without
+        said |= {"num_attention_heads": delta.heads, "head_dim": 8}
     return said
 
 
@@ -196,6 +223,7 @@ def _moe_words(spec: ModelSpec, moe: MoE) -> dict[str, Any]:
         "n_shared_experts": moe.shared_hidden // moe.hidden, "shared_expert_intermediate_size": moe.shared_hidden,
         "shared_intermediate_size": 0, "scoring_func": moe.score, "norm_topk_prob": moe.norm_topk,
         "routed_scaling_factor": moe.scale, "n_group": moe.groups, "topk_group": moe.top_groups, "topk_method": topk,
+        "use_routing_bias": True,
         "first_k_dense_replace": (*kinds, "moe").index("moe"), "moe_layer_freq": 1, "decoder_sparse_step": 1, "mlp_only_layers": [],
     }  # fmt: skip
 
