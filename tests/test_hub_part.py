@@ -12,9 +12,10 @@ from test_hub_checkpoint import everything, peer, tokens_of, v3
 from test_hub_configs import CONFIGS
 from test_model_zoo import gap, spec_of
 from trivet.config import UserError
-from trivet.hub import known_model, read_config_file
+from trivet.hub import known_model, read_config, read_config_file
 from trivet.hub.checkpoint import DERIVED, load_checkpoint
 from trivet.hub.part import cut, parse_numbers
+from trivet.hub.write import rewrite_config
 from trivet.model import Transformer, save_model
 from trivet.recipes.export import export
 from trivet.spec import Lightning, MoE
@@ -105,6 +106,22 @@ def test_real_models_are_cut_on_paper() -> None:
     spec, part = cut(m1.spec, [6, 7, 8], None, "m1")
     assert [isinstance(layer.mixer, Lightning) for layer in spec.layers] == [True, False, True]
     assert part.layers == (6, 7, 8) and part.experts is None
+
+
+@pytest.mark.parametrize("name", ["qwen3-next-80b-a3b", "minimax-m2", "minimax-m1-80k", "deepseek-v3", "qwen3-30b-a3b"])
+def test_published_configs_say_their_parts(name: str) -> None:
+    """As they are published: Qwen3-Next's has no list of its layers' kinds until one is needed."""
+    described = known_model(name)
+    assert described is not None
+    before, config = described.spec, dict(described.config)
+    for layers in (4, [2, 3, 4], [7]):
+        after, _ = cut(before, layers, 32, name)
+        written = rewrite_config(config, before, after)
+        assert read_config(written, name).spec.layers == after.layers
+        assert read_config(written | {"num_experts_per_tok": 1}, name).spec.layers != after.layers  # the twin
+        changed = {key for key in written if written[key] != config.get(key)}
+        if name == "qwen3-next-80b-a3b":  # its first layers follow the same rule
+            assert changed == {"num_hidden_layers", "num_experts"} | ({"layer_types"} if layers != 4 else set())
 
 
 @pytest.mark.parametrize(
