@@ -339,7 +339,11 @@ def test_a_checkpoint_is_evaluated_trained_talked_to_and_written_back(
         monkeypatch, capsys, "export", str(tmp_path / "run"), "--like", str(start), "--out", str(tmp_path / "back")
     )
     assert code == 0, err
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    code, out, err = call(monkeypatch, capsys, "export", str(tmp_path / "run"), "--out", str(tmp_path / "alone"))
+    assert code == 0 and "qwen3, " in out, err  # without the checkpoint it came from: the same model, other words
+    again, alone = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("back", "alone"))
+    assert torch.equal(again(torch.arange(3, 40)[None]).logits, alone(torch.arange(3, 40)[None]).logits)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "alone").chat_template == QWEN3
     trained = load_any(tmp_path / "run")
     tokens = torch.arange(3, 40)[None]
     torch.testing.assert_close(again(tokens).logits, trained.logits(trained(tokens)), rtol=1e-4, atol=1e-4)
@@ -347,6 +351,9 @@ def test_a_checkpoint_is_evaluated_trained_talked_to_and_written_back(
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "back").chat_template == QWEN3
     config = json.loads((start / "config.json").read_text())
     (start / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    with pytest.raises(UserError, match="its model only 100"):
+        load_pair(start)
+    (start / "config.json").write_text(json.dumps(config | {"vocab_size": 500}))
     with pytest.raises(UserError, match="has shape"):
         load_pair(start)
     (start / "config.json").write_text(json.dumps(config))

@@ -160,16 +160,30 @@ def chat(
 @app.command()
 def export(
     model: ModelDir,
-    like: Annotated[Path, typer.Option("--like", help="The checkpoint it came from: its config and tokenizer files.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write; it must not exist.")],
+    like: Annotated[
+        Path | None,
+        typer.Option("--like", help="The checkpoint that the model came from: its config and tokenizer files."),
+    ] = None,
+    family: Annotated[
+        str | None,
+        typer.Option("--family", help="For a model of your own: qwen3, deepseek_v3 ...; default: what fits."),
+    ] = None,
     dtype: Annotated[
         Literal["fp32", "bf16"] | None, typer.Option("--dtype", help="Type of the weights; default: as they are.")
     ] = None,
+    layers: Annotated[
+        str | None, typer.Option("--layers", help="Of a checkpoint, these layers only: 4 (the first), 0:4, 0,7,60.")
+    ] = None,
+    experts: Annotated[
+        str | None,
+        typer.Option("--experts", help="Of every sparse layer, these experts only: 8 (the first), 0:8, 3,5."),
+    ] = None,
 ) -> None:
     """Write a model in its family's own format, which transformers, vLLM and others load."""
-    from trivet.recipes.verbs import export as write
+    from trivet.recipes.export import export as write
 
-    write(model, like, out, dtype)
+    write(model, out, like, family, dtype, layers, experts)
 
 
 @app.command()

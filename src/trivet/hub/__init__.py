@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -42,29 +42,40 @@ FAMILIES: dict[str, Callable[[Config], ModelSpec]] = {
 
 @dataclass(frozen=True)
 class Described:
-    """What a config.json says: the spec, and what a user must know about it."""
+    """What a config.json says: the spec, what a user must know about it, and the words it was read from."""
 
     spec: ModelSpec
     notes: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def family(self) -> str:
+        return str(self.config["model_type"])
 
 
 def read_config(data: Mapping[str, Any], where: str) -> Described:
     """The spec behind a config.json. Raises UserError for a family or a value that is not computed."""
-    kind = data.get("model_type")
+    config = Config(data, where)
+    spec = read_spec(config)
+    config.finish()
+    return Described(spec, tuple(config.notes), data)
+
+
+def read_spec(config: Config) -> ModelSpec:
+    """What its family's reader makes of it; keys may be left over (`config.read` are those that were taken)."""
+    kind, where = config.data.get("model_type"), config.where
     if kind not in FAMILIES:
         raise UserError(
             f"{where}: model_type {kind!r} is not known; there are {', '.join(FAMILIES)}.{nearest(str(kind), FAMILIES)}"
         )
-    config = Config(data, where)
     try:
-        spec = FAMILIES[kind](config)
+        return FAMILIES[kind](config)
     except ValidationError as e:  # a spec that makes no sense
         first = e.errors()[0]
-        raise UserError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']} (from its values).") from None
+        place = ".".join(map(str, first["loc"]))  # none where values do not fit each other
+        raise UserError(f"{where}: {place + ': ' if place else ''}{first['msg']} (from its values).") from None
     except (TypeError, ValueError, KeyError) as e:  # a value of the wrong type
         raise UserError(f"{where} has a value of a wrong type: {e}.") from None
-    config.finish()
-    return Described(spec, tuple(config.notes))
 
 
 def read_config_file(path: Path) -> Described:

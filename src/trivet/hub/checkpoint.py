@@ -11,7 +11,8 @@ import json
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,92 +24,113 @@ from trivet.chat import Chat
 from trivet.config import UserError
 from trivet.hub import read_config_file
 from trivet.hub.names import FAMILY_NAMES, Names, Slot, shared_copies, slots
+from trivet.hub.part import Numbers, cut
 from trivet.model import Transformer
-from trivet.model.io import load_model, save_tensors
-from trivet.spec import ModelSpec, with_chunks, with_yarn
+from trivet.model.io import load_model, load_spec, save_tensors
+from trivet.spec import Lightning, ModelSpec, with_chunks, with_yarn
 
 INDEX = "model.safetensors.index.json"
 BLOCK = 128  # of an FP8 scale
 SCALE = "_scale_inv"
+STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DERIVED = (".inv_freq", ".slope_rate", ".query_decay", ".key_decay", ".diagonal_decay")
 
 
 def load_checkpoint(
-    directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    directory: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    layers: Numbers = None,
+    experts: Numbers = None,
 ) -> Transformer:
-    """A model in a family's own format. dtype None: as the embedding is stored.
+    """A model in a family's own format, or a part of it (`part.py`). dtype None: as the embedding is stored.
 
-    Raises UserError naming the first tensor that is missing, unknown, misshapen or damaged.
+    Of a part, only what it needs is read: shards without any of it may be absent. Raises UserError naming the
+    first tensor that is missing, unknown, misshapen or damaged; what is missing or unknown before weights are read.
     """
     directory = Path(directory)
-    config = directory / "config.json"
-    described = read_config_file(config)
+    described = read_config_file(directory / "config.json")
     for note in described.notes:
         warnings.warn(f"{directory}: {note}.", stacklevel=2)
-    spec = described.spec
-    family = json.loads(config.read_text())["model_type"]
-    shards, names = Shards(directory), FAMILY_NAMES[family]
-    spec = _with_stored_modules(spec, names, shards)
+    names, shards = FAMILY_NAMES[described.family], Shards(directory)
+    whole = with_stored_modules(described.spec, names, shards)
+    if whole.mtp < described.spec.mtp:
+        warnings.warn(f"{directory}: its config counts a prediction module, but none is stored.", stacklevel=2)
+    spec, part = cut(whole, layers, experts, str(directory))
+    if layers is not None and any(isinstance(layer.mixer, Lightning) for layer in spec.layers):
+        warnings.warn(f"{directory}: lightning attention decays by depth, in this part as in a model of its depth.", stacklevel=2)  # fmt: skip
     with torch.device("meta"):
         model = Transformer(spec, seed=None)
+    wanted: dict[str, list[Slot]] = defaultdict(list)
+    for slot in slots(spec, names, part):
+        wanted[slot.theirs].append(slot)
+    account_for(shards, whole, described.family)
+    missing = sorted(wanted.keys() - shards.files.keys())
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{directory} lacks the tensor {missing[0]!r}{more}.")
+    ours = _read(shards, wanted, model, dtype or shards.read(next(iter(wanted))).dtype, device)
+    for name, original in shared_copies(spec, names).items():
+        if name in shards.files:
+            table = ours["embed" if original.endswith("embed_tokens.weight") else "head"]
+            if not torch.equal(shards.read(name).to(table), table):
+                raise UserError(f"{directory}: {name!r} should be a copy of {original!r} and differs from it.")
+    model.load_state_dict(ours, assign=True)
+    return model.to(device)
+
+
+def with_stored_modules(spec: ModelSpec, names: Names, shards: Shards) -> ModelSpec:
+    """The spec with the prediction modules that are there: some files count what they lack, or have what none counts."""
+    stored = any(name.startswith(names.module(spec, 0)) for name in shards.files)
+    counted = spec.mtp if names.mtp_counted else 1
+    return spec.model_copy(update={"mtp": counted if stored else 0})
+
+
+def account_for(shards: Shards, spec: ModelSpec, family: str) -> None:
+    """Raises UserError for a stored tensor that has no place in a model of this spec. Reads names only."""
+    names = FAMILY_NAMES[family]
+    spec = with_stored_modules(spec, names, shards)
+    known = {slot.theirs for slot in slots(spec, names)} | shared_copies(spec, names).keys()
+    for name in shards.files:
+        if name.removesuffix(SCALE) not in known and not _ignored(name, spec, names):
+            raise UserError(f"{shards.directory}: tensor {name!r} has no place in a {family} model.")
+
+
+def _read(
+    shards: Shards, wanted: dict[str, list[Slot]], model: Transformer, dtype: torch.dtype, device: torch.device | str
+) -> dict[str, Tensor]:
+    """Our state dict, filled tensor by tensor."""
     shapes = model.state_dict()
     exact = {name for name, _ in model.named_buffers()}  # stay fp32
-    wanted: dict[str, list[Slot]] = defaultdict(list)
-    for slot in slots(spec, names):
-        wanted[slot.theirs].append(slot)
-    copies = shared_copies(spec)
-    kept: dict[str, Tensor] = {}  # copies seen, until what they must equal is there
     ours: dict[str, Tensor] = {}
-    if dtype is None:
-        dtype = shards.dtype(next(iter(wanted)))
-    for name, tensor in shards.tensors():
-        if name not in wanted:
-            if name in copies:
-                kept[name] = tensor
-            elif not _ignored(name, len(spec.layers), spec.mtp):
-                raise UserError(f"{directory}: tensor {name!r} has no place in a {family} model.")
-            continue
-        for slot in wanted.pop(name):
+    for name, tensor in shards.tensors(wanted):
+        for slot in wanted[name]:
             if slot.ours not in ours:
                 kind = torch.float32 if slot.ours in exact else dtype
                 ours[slot.ours] = torch.empty(shapes[slot.ours].shape, dtype=kind, device=device)
             place, part = ours[slot.ours][slot.at], _part(tensor, slot)
             if part.shape != place.shape:
                 raise UserError(
-                    f"{directory}: {name!r} has shape {tuple(tensor.shape)}, which does not fit the config: its part of "
+                    f"{shards.directory}: {name!r} has shape {tuple(tensor.shape)}, which does not fit the config: its part of "
                     f"{slot.ours!r} is {tuple(place.shape)}."
                 )
             place.copy_(part)
-    if wanted:
-        lost = sorted(wanted)
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        raise UserError(f"{directory} lacks the tensor {lost[0]!r}{more}.")
-    for name, tensor in kept.items():
-        table = ours["embed" if spec.tie_embeddings or copies[name].endswith("embed_tokens.weight") else "head"]
-        if not torch.equal(tensor.to(table), table):
-            raise UserError(f"{directory}: {name!r} should be a copy of {copies[name]!r} and differs from it.")
-    model.load_state_dict(ours, assign=True)
-    return model.to(device)
+    return ours
 
 
-def _with_stored_modules(spec: ModelSpec, names: Names, shards: Shards) -> ModelSpec:
-    """The spec with the prediction modules that are there: some files count what they lack, or have what none counts."""
-    stored = any(name.startswith(names.module(spec, 0)) for name in shards.files)
-    if spec.mtp and not stored:
-        where = shards.directory
-        warnings.warn(f"{where}: its config counts a prediction module, but none is stored.", stacklevel=3)
-        return spec.model_copy(update={"mtp": 0})
-    return spec.model_copy(update={"mtp": 1}) if stored and not names.mtp_counted else spec
-
-
-def load_any(directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Transformer:
-    """A model of Trivet's own, or a checkpoint of a known family."""
-    config = Path(directory) / "config.json"
-    try:
-        known = json.loads(config.read_text()).get("model_type") in FAMILY_NAMES
-    except (OSError, ValueError, AttributeError):
-        known = False
-    return load_checkpoint(directory, device, dtype) if known else load_model(directory, device, dtype)
+def load_any(
+    directory: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    layers: Numbers = None,
+    experts: Numbers = None,
+) -> Transformer:
+    """A model of Trivet's own, or a checkpoint of a known family (or a part of one)."""
+    if is_family(directory):
+        return load_checkpoint(directory, device, dtype, layers, experts)
+    if layers is not None or experts is not None:
+        raise UserError(f"{directory}: parts are taken of a family's checkpoint; export this model first.")
+    return load_model(directory, device, dtype)
 
 
 def load_pair(
@@ -118,15 +140,17 @@ def load_pair(
     rope_yarn: float | None = None,
     dual_chunk: float | None = None,
 ) -> tuple[Transformer, Chat]:
-    """A model and what it reads and writes. Raises UserError where they do not belong together.
+    """A model and what it reads and writes. Raises UserError where they do not belong together, before weights are read.
 
     rope_yarn, dual_chunk: its context times this, by YaRN or by dual chunks (`spec/extend.py`), with a warning.
     """
-    model, chat = load_any(directory, device, dtype), Chat.load(directory)
-    if chat.vocab_size > model.spec.vocab_size:
+    spec = read_config_file(directory / "config.json").spec if is_family(directory) else load_spec(directory)
+    chat = Chat.load(directory)
+    if chat.vocab_size > spec.vocab_size:
         raise UserError(
-            f"{directory}: its tokenizer knows {chat.vocab_size:,} tokens, its model only {model.spec.vocab_size:,}."
+            f"{directory}: its tokenizer knows {chat.vocab_size:,} tokens, its model only {spec.vocab_size:,}."
         )
+    model = load_any(directory, device, dtype)
     for extend, factor in ((with_yarn, rope_yarn), (with_chunks, dual_chunk)):
         if factor is not None:
             spec, said = extend(model.spec, factor)
@@ -135,19 +159,38 @@ def load_pair(
     return model, chat
 
 
-def save_checkpoint(model: Transformer, directory: Path, config: dict[str, Any], shard_bytes: int = 5 * 10**9) -> None:
+def is_family(directory: Path) -> bool:
+    """Whether a directory is a checkpoint of a known family."""
+    try:
+        return json.loads((Path(directory) / "config.json").read_text()).get("model_type") in FAMILY_NAMES
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def save_checkpoint(
+    model: Transformer,
+    directory: Path,
+    config: dict[str, Any],
+    shard_bytes: int = 5 * 10**9,
+    like: Shards | None = None,
+) -> None:
     """Write a model in the format of the family that `config` (a config.json's content) names.
 
-    Tensors keep the model's type, so what was loaded without conversion is written bit for bit.
+    Tensors keep the model's type, so what was loaded without conversion is written bit for bit. `like`: the
+    checkpoint it came from; what that stores beside parameters is then written again (`_beside`).
     """
     state = model.state_dict()
+    family = FAMILY_NAMES[config["model_type"]]
     groups: dict[str, list[Slot]] = defaultdict(list)
-    for slot in slots(model.spec, FAMILY_NAMES[config["model_type"]]):
+    for slot in slots(model.spec, family):
         groups[slot.theirs].append(slot)
+    tensors: dict[str, Callable[[], Tensor]] = {name: partial(_joined, state, parts) for name, parts in groups.items()}
+    if like is not None:
+        tensors |= _beside(model.spec, family, tensors, like)
     shards: list[list[str]] = [[]]
     size = total = 0
-    for name, parts in groups.items():
-        bytes_here = sum(state[s.ours][s.at].nbytes for s in parts)
+    for name, tensor in tensors.items():
+        bytes_here = sum(state[s.ours][s.at].nbytes for s in groups[name]) if name in groups else tensor().nbytes
         if size and size + bytes_here > shard_bytes:
             shards.append([])
             size = 0
@@ -157,7 +200,7 @@ def save_checkpoint(model: Transformer, directory: Path, config: dict[str, Any],
         f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
     ]  # fmt: skip
     for file, names in zip(files, shards, strict=True):
-        save_tensors({name: _joined(state, groups[name]) for name in names}, directory / file)
+        save_tensors({name: tensors[name]() for name in names}, directory / file)
     if len(files) > 1:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": where}
@@ -165,8 +208,24 @@ def save_checkpoint(model: Transformer, directory: Path, config: dict[str, Any],
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def _beside(
+    spec: ModelSpec, names: Names, parameters: dict[str, Callable[[], Tensor]], like: Shards
+) -> dict[str, Callable[[], Tensor]]:
+    """What a checkpoint stores that is no parameter: second copies, as they are now; the rest as it was."""
+    copies = shared_copies(spec, names)
+    found: dict[str, Callable[[], Tensor]] = {}
+    for name in like.files:
+        if name in copies:
+            found[name] = lambda of=copies[name]: parameters[of]().clone()  # type: ignore[misc]
+        elif name not in parameters and not name.endswith(SCALE) and _ignored(name, spec, names):
+            found[name] = partial(like.read, name)
+    return found
+
+
 def _part(tensor: Tensor, slot: Slot) -> Tensor:
-    if slot.groups and len(tensor) == slot.groups * sum(slot.sizes):  # else its shape is found wrong
+    if slot.rows and len(tensor) > slot.rows[-1]:  # else its shape is found wrong
+        tensor = tensor[list(slot.rows)]
+    if slot.groups and len(tensor) == slot.groups * sum(slot.sizes):  # likewise
         tensor = tensor.unflatten(0, (slot.groups, -1)).split(slot.sizes, 1)[slot.pick].flatten(0, 1)
     return tensor.mT if slot.transposed else tensor
 
@@ -181,24 +240,29 @@ def _joined(state: dict[str, Tensor], parts: list[Slot]) -> Tensor:
     return torch.cat([state[s.ours].unflatten(0, (s.groups, -1)) for s in ordered], 1).flatten(0, 1)
 
 
-def _ignored(name: str, layers: int, mtp: int) -> bool:
+def _ignored(name: str, spec: ModelSpec, names: Names) -> bool:
     """What follows from the config (tables of rotations and decays), and modules that the config does not count."""
     if name.endswith(DERIVED):
         return True
-    return mtp == 0 and name.startswith(f"model.layers.{layers}.")
+    return names.mtp_counted and spec.mtp == 0 and name.startswith(names.module(spec, 0))
 
 
 # -------------------------------------------------------------------------------------------- shards
 class Shards:
-    """The safetensors files of a directory, as one."""
+    """The safetensors files of a directory, as one. `files`: which file holds which tensor."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         if (directory / INDEX).is_file():
             try:
-                self.files: dict[str, str] = json.loads((directory / INDEX).read_text())["weight_map"]
+                self.files: dict[str, str] = dict(json.loads((directory / INDEX).read_text())["weight_map"])
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{directory / INDEX} is damaged: it has no weight_map.") from None
+            for name, file in self.files.items():
+                if not isinstance(file, str) or Path(file).name != file:
+                    raise UserError(
+                        f"{directory / INDEX}: {name!r} is said to be in {file!r}, which is no file beside it."
+                    )
         elif (directory / "model.safetensors").is_file():
             self.files = {}
             with self._open("model.safetensors") as file:
@@ -208,35 +272,42 @@ class Shards:
             why = f" {pickles[0].name} is a pickle, which can run code when it is read." if pickles else ""
             raise UserError(f"{directory} has no model.safetensors.{why}")
 
-    def dtype(self, name: str) -> torch.dtype:
-        """What a tensor is stored as."""
-        if name not in self.files:
-            raise UserError(f"{self.directory} lacks the tensor {name!r}.")
+    def read(self, name: str) -> Tensor:
+        """One tensor as it is stored, a view of its file."""
         with self._open(self.files[name]) as file:
-            found: torch.dtype = file.get_tensor(name).dtype
-        return found
+            return self._get(file, name)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, names: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) file by file, FP8 weights dequantised to fp32 with their scales."""
-        for shard in sorted(set(self.files.values())):
+        for shard in sorted({self.files[name] for name in names}):
             with self._open(shard) as file:
-                stored = set(file.keys())
-                for name in sorted(stored | {n for n, f in self.files.items() if f == shard}):
-                    if name not in stored:
-                        raise UserError(f"{self.directory / shard} lacks {name!r}, which its index says is there.")
-                    if name.endswith(SCALE):
-                        continue  # read with its weight
-                    tensor = file.get_tensor(name)
+                for name in sorted(set(file.keys()) - self.files.keys()):
+                    if not name.endswith(DERIVED):
+                        raise UserError(f"{self.directory / shard} has {name!r}, which its index does not name.")
+                for name in sorted(n for n in names if self.files[n] == shard):
+                    tensor = self._get(file, name)
                     if tensor.dtype == torch.float8_e4m3fn:
                         tensor = dequantised(tensor, self._scale(name + SCALE), name)
+                    elif tensor.dtype not in STORED:
+                        raise UserError(
+                            f"{self.directory}: {name!r} is stored as {str(tensor.dtype).removeprefix('torch.')}, "
+                            "a quantised form that is not computed; take the checkpoint in bf16."
+                        )
                     yield name, tensor
+
+    def _get(self, file: Any, name: str) -> Tensor:
+        try:
+            tensor: Tensor = file.get_tensor(name)
+        except SafetensorError:
+            raise UserError(
+                f"{self.directory / self.files[name]} lacks {name!r}, which its index says is there."
+            ) from None
+        return tensor
 
     def _scale(self, name: str) -> Tensor:
         if name not in self.files:
             raise UserError(f"{self.directory} lacks {name!r}, the scale of an FP8 weight.")
-        with self._open(self.files[name]) as file:
-            scale: Tensor = file.get_tensor(name)
-        return scale
+        return self.read(name)
 
     def _open(self, file: str) -> Any:
         path = self.directory / file

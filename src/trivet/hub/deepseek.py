@@ -12,9 +12,11 @@ def deepseek_v2(c: Config) -> ModelSpec:
     greedy = c.take("topk_method", "greedy") == "greedy"
     c.only("topk_method", "greedy", "group_limited_greedy")
     c.only("scoring_func", "softmax")
+    c.only("norm_topk_prob", False)  # transformers never divides here, and DeepSeek's own code then drops the scale
+    c.only("rope_interleave", True)
     groups = 1 if greedy else c.take("n_group")
     c.take("n_group", None), c.take("topk_group", None)
-    moe = _moe(c, "softmax", c.take("norm_topk_prob", False), groups, c.take("topk_group") if groups > 1 else 1)
+    moe = _moe(c, "softmax", False, groups, c.take("topk_group") if groups > 1 else 1)
     return _model(c, moe.model_copy(update={"group_score": "max", "selection_bias": False}), mtp=0)
 
 

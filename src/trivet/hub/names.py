@@ -1,8 +1,9 @@
 """Whose tensor is which: every tensor of a checkpoint as a part of ours, both ways.
 
 A `Slot` says: the part `pick` of the checkpoint's tensor, of rows that lie in groups of `sizes` where
-several matrices are interleaved, is the part `at` of our tensor, transposed or not. Parts are disjoint and cover both sides, so the same
-list loads a checkpoint and writes one. A family is a `Names`: what differs between them.
+several matrices are interleaved, is the part `at` of our tensor, transposed or not. Parts are disjoint and
+cover both sides, so the same list loads a checkpoint and writes one. A family is a `Names`: what differs
+between them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from trivet.hub.part import Part
 from trivet.spec import GQA, MLA, GatedDeltaNet, LayerSpec, Lightning, Mixer, ModelSpec, MoE
 
 
@@ -22,6 +24,7 @@ class Slot:
     groups: int = 0  # that the rows of theirs are made of: a head, or several that belong together
     sizes: tuple[int, ...] = ()  # rows of each part of a group
     pick: int = 0  # which of these parts
+    rows: tuple[int, ...] = ()  # the rows of theirs that a part of the model has; (): all
 
 
 ATTENTION = {f"{p}_proj.{kind}": f"self_attn.{p}_proj.{kind}" for p in "qkv" for kind in ("weight", "bias")} | {
@@ -100,32 +103,34 @@ FAMILY_NAMES = {
 }  # fmt: skip
 
 
-def slots(spec: ModelSpec, names: Names) -> Iterator[Slot]:
-    """Every tensor of a checkpoint of this family, and where it belongs."""
+def slots(spec: ModelSpec, names: Names, part: Part | None = None) -> Iterator[Slot]:
+    """Every tensor of a checkpoint of this family, and where it belongs. `part`: which of its layers and experts ours are."""
+    numbers, experts = (part.layers, part.experts) if part else (range(len(spec.layers)), None)
     yield Slot("model.embed_tokens.weight", "embed")
     yield Slot("model.norm.weight", "norm.weight")
     if not spec.tie_embeddings:
         yield Slot("lm_head.weight", "head")
     for i, layer in enumerate(spec.layers):
-        yield from _layer(layer, f"model.layers.{i}.", f"layers.{i}.", names)
+        yield from _layer(layer, f"model.layers.{numbers[i]}.", f"layers.{i}.", names, experts)
     for k in range(spec.mtp):
         theirs, ours = names.module(spec, k), f"mtp.{k}."
         for its, mine in zip(names.mtp_parts, ("embed_norm", "hidden_norm", "eh_proj", "norm"), strict=True):
             yield Slot(f"{theirs}{its}.weight", f"{ours}{mine}.weight")
-        yield from _layer(spec.layers[-1], theirs + names.mtp_layer, ours + "layer.", names)
+        yield from _layer(spec.layers[-1], theirs + names.mtp_layer, ours + "layer.", names, experts)
 
 
-def shared_copies(spec: ModelSpec) -> dict[str, str]:
+def shared_copies(spec: ModelSpec, names: Names) -> dict[str, str]:
     """Tensors that a checkpoint may store a second time, and the one that they must equal."""
-    copies = {} if not spec.tie_embeddings else {"lm_head.weight": "model.embed_tokens.weight"}
+    embed = "model.embed_tokens.weight"
+    copies = {"lm_head.weight": embed} if spec.tie_embeddings else {}
     for k in range(spec.mtp):
-        layer = f"model.layers.{len(spec.layers) + k}."
-        copies[layer + "embed_tokens.weight"] = "model.embed_tokens.weight"
-        copies[layer + "shared_head.head.weight"] = "lm_head.weight"
+        module = names.module(spec, k)
+        copies[module + "embed_tokens.weight"] = embed
+        copies[module + "shared_head.head.weight"] = embed if spec.tie_embeddings else "lm_head.weight"
     return copies
 
 
-def _layer(layer: LayerSpec, theirs: str, ours: str, names: Names) -> Iterator[Slot]:
+def _layer(layer: LayerSpec, theirs: str, ours: str, names: Names, experts: tuple[int, ...] | None) -> Iterator[Slot]:
     yield Slot(theirs + "input_layernorm.weight", ours + "mixer_norm.weight")
     yield Slot(theirs + "post_attention_layernorm.weight", ours + "ffn_norm.weight")
     yield from _mixer(layer.mixer, theirs, ours + "mixer.")
@@ -133,11 +138,11 @@ def _layer(layer: LayerSpec, theirs: str, ours: str, names: Names) -> Iterator[S
     if not isinstance(ffn, MoE):
         yield from _swiglu(theirs + names.ffn, names.parts, ours + "ffn.")
         return
-    yield Slot(theirs + names.router, ours + "ffn.router")
+    yield Slot(theirs + names.router, ours + "ffn.router", rows=experts or ())
     if ffn.selection_bias:
-        yield Slot(theirs + names.router_bias, ours + "ffn.bias")
-    for e in range(ffn.experts):
-        gate, up, down = (f"{theirs}{names.expert.format(e=e)}.{part}.weight" for part in names.expert_parts)
+        yield Slot(theirs + names.router_bias, ours + "ffn.bias", rows=experts or ())
+    for e, number in enumerate(experts or range(ffn.experts)):
+        gate, up, down = (f"{theirs}{names.expert.format(e=number)}.{part}.weight" for part in names.expert_parts)
         yield Slot(gate, ours + "ffn.gate_up", (e, 0))
         yield Slot(up, ours + "ffn.gate_up", (e, 1))
         yield Slot(down, ours + "ffn.down", (e,), transposed=True)

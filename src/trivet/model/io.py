@@ -39,14 +39,17 @@ def load_spec(directory: Path) -> ModelSpec:
         config = json.loads(path.read_text())
     except ValueError as e:
         raise UserError(f"{path} is not valid JSON: {e}.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is no config.json: it holds a {type(config).__name__}, not an object.")
     if config.get("model_type") != "trivet":
         raise UserError(f"{path} has model_type {config.get('model_type')!r}; this version reads 'trivet' only.")
-    return validate(config["spec"], ModelSpec, str(path))
+    return validate(config.get("spec", {}), ModelSpec, str(path))
 
 
 def load_model(directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Transformer:
     """Read a model. Raises UserError naming the first missing, extra or misshapen tensor."""
-    model = Transformer(load_spec(directory))
+    with torch.device("meta"):  # its weights are about to be read
+        model = Transformer(load_spec(directory), seed=None)
     path = Path(directory) / "model.safetensors"
     if not path.is_file():
         raise UserError(f"{str(directory)!r} has a config.json but no model.safetensors.")

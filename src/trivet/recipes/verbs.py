@@ -1,9 +1,8 @@
-"""`trivet eval`: a model on a task, at one or more thinking budgets. `trivet export`: a model back in its family's format."""
+"""`trivet eval`: a model on a task, at one or more thinking budgets."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trivet.config import UserError
-from trivet.disk import atomic_dir
-from trivet.hub import read_config_file
-from trivet.hub.checkpoint import load_any, load_pair, save_checkpoint
+from trivet.hub.checkpoint import load_pair
 from trivet.measure.evaluate import evaluate
 from trivet.measure.results import Budget, Result
 from trivet.messages import Sampling
@@ -23,35 +20,6 @@ from trivet.tasks import make_task
 
 PROMPT_TOKENS = 4096  # of a problem, at most, where the model's context is longer
 CACHE_BYTES = 4 * 10**9
-COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "generation_config.json",
-)
-
-
-def export(directory: Path, like: Path, out: Path, dtype: str | None) -> None:
-    """Write a model in the format of the checkpoint that it came from, with that one's tokenizer files."""
-    if out.exists():
-        raise UserError(f"{out} exists already; give another --out or remove it.")
-    described = read_config_file(like / "config.json").spec
-    model = load_any(directory, dtype={None: None, "fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
-    ours, theirs = (spec.model_dump(exclude={"mtp"}) for spec in (model.spec, described))
-    different = [key for key in ours if ours[key] != theirs[key]]
-    if different:
-        raise UserError(f"{directory} is no model of {like}'s shape: they differ in {', '.join(different)}.")
-    config = json.loads((like / "config.json").read_text()) | {"dtype": str(model.embed.dtype).removeprefix("torch.")}
-    for key in ("torch_dtype", "quantization_config"):
-        config.pop(key, None)
-    if "num_nextn_predict_layers" in config:
-        config["num_nextn_predict_layers"] = model.spec.mtp
-    with atomic_dir(out) as aside:
-        save_checkpoint(model, aside, config)
-        for name in COPIED:
-            if (like / name).is_file():
-                shutil.copy(like / name, aside / name)
 
 
 def evaluate_directory(

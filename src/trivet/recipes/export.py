@@ -1,0 +1,105 @@
+"""`trivet export`: a model, or a part of a checkpoint, in the format of a family that others load.
+
+The config.json is that of a checkpoint of the same shape (`--like`, or the checkpoint itself), changed where
+the model differs; or, for a model of our own, the words that a family has for its spec (`hub/write.py`).
+Either way it is read back and compared before anything is written.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trivet.chat import Chat
+from trivet.chat.exported import tokenizer_files
+from trivet.config import UserError
+from trivet.disk import atomic_dir
+from trivet.hub import Described, read_config_file
+from trivet.hub.checkpoint import Shards, account_for, is_family, load_any, save_checkpoint
+from trivet.hub.pairs import in_pairs, spec_in_pairs
+from trivet.hub.part import cut, parse_numbers
+from trivet.hub.write import differences, rewrite_config, write_config
+from trivet.model import load_spec
+from trivet.spec import ModelSpec
+
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "generation_config.json",
+)
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def export(
+    directory: Path, out: Path, like: Path | None = None, family: str | None = None, dtype: str | None = None,
+    layers: str | None = None, experts: str | None = None,
+) -> None:  # fmt: skip
+    """Write a model with its config and tokenizer. Raises UserError where the family has no words for it."""
+    if out.exists():
+        raise UserError(f"{out} exists already; give another --out or remove it.")
+    if like is not None and family is not None:
+        raise UserError("--like takes the family from that checkpoint; leave --family out.")
+    kept = None if layers is None else parse_numbers(layers, "--layers")
+    chosen = None if experts is None else parse_numbers(experts, "--experts")
+    source = like or (directory if is_family(directory) else None)
+    described = None if source is None else read_config_file(source / "config.json")
+    if described is None:
+        write_config(
+            spec_in_pairs(load_spec(directory)), family
+        )  # what can't be said is better known before weights are read
+        files, ids = _own_tokenizer(Chat.load(directory))
+    else:
+        files, ids = _copied(source or directory), {key: described.config.get(key) for key in IDS}
+    model = load_any(directory, "cpu", DTYPES[dtype], kept, chosen)
+    beside = None
+    if described is None or family is not None:
+        model = in_pairs(model)
+        config = write_config(model.spec, family) | ids
+    else:
+        expected, _ = cut(described.spec, kept, chosen, str(source))
+        config = _like(model.spec, expected, described, f"{directory} is no model of {source}'s shape")
+        if layers is None and experts is None:
+            beside = Shards(source or directory)
+            account_for(beside, described.spec, described.family)
+    for key in ("torch_dtype", "quantization_config"):
+        config.pop(key, None)
+    config["dtype"] = str(model.embed.dtype).removeprefix("torch.")
+    with atomic_dir(out) as aside:
+        save_checkpoint(model, aside, config, like=beside)
+        for name, content in files.items():
+            (aside / name).write_bytes(content)
+    depth = len(model.spec.layers)
+    print(
+        f"Wrote {out}: {config['model_type']}, {depth} layer{'s' * (depth > 1)}, {model.spec.num_params():,} parameters "
+        f"in {config['dtype']}{', which was quantized' if _quantized(described) else ''}."
+    )
+
+
+def _like(ours: ModelSpec, theirs: ModelSpec, described: Described, wrong: str) -> dict[str, Any]:
+    """The checkpoint's config for this model, which may lack prediction modules but is else of that shape."""
+    theirs = theirs.model_copy(update={"mtp": ours.mtp})
+    for what in differences(ours, theirs):
+        raise UserError(f"{wrong}: {what}.")
+    return rewrite_config(dict(described.config), described.spec, theirs)
+
+
+def _own_tokenizer(chat: Chat) -> tuple[dict[str, bytes], dict[str, int | None]]:
+    ids = {"bos_token_id": None, "eos_token_id": chat.end_id, "pad_token_id": chat.tokenizer.token_to_id("<pad>")}
+    return {name: text.encode() for name, text in tokenizer_files(chat).items()}, ids
+
+
+def _copied(source: Path) -> dict[str, bytes]:
+    return {name: (source / name).read_bytes() for name in COPIED if (source / name).is_file()}
+
+
+def _quantized(described: Described | None) -> bool:
+    return described is not None and bool(described.config.get("quantization_config"))
