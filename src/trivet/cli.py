@@ -132,16 +132,22 @@ def chat(
 @app.command()
 def export(
     model: ModelDir,
-    like: Annotated[Path, typer.Option("--like", help="The checkpoint it came from: its config and tokenizer files.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write; it must not exist.")],
+    like: Annotated[
+        Path | None,
+        typer.Option("--like", help="The checkpoint it came from: its config and tokenizer files. An adapter knows."),
+    ] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Write only the adapter, in PEFT's format; else it is merged.")
+    ] = False,
     dtype: Annotated[
         Literal["fp32", "bf16"] | None, typer.Option("--dtype", help="Type of the weights; default: as they are.")
     ] = None,
 ) -> None:
-    """Write a model in its family's own format, which transformers, vLLM and others load."""
+    """Write a model in its family's own format, which transformers, vLLM and others load; an adapter in PEFT's."""
     from trivet.recipes.verbs import export as write
 
-    write(model, like, out, dtype)
+    write(model, like, out, dtype, adapter)
 
 
 @app.command()

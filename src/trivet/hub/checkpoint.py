@@ -22,6 +22,7 @@ from torch import Tensor
 from trivet.chat import Chat
 from trivet.config import UserError
 from trivet.hub import read_config_file
+from trivet.hub.adapter import base_of, family_of, is_adapter, load_adapter
 from trivet.hub.names import FAMILY_NAMES, Slot, shared_copies, slots
 from trivet.model import Transformer
 from trivet.model.io import load_model, save_tensors
@@ -93,7 +94,12 @@ def load_checkpoint(
 
 
 def load_any(directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Transformer:
-    """A model of Trivet's own, or a checkpoint of a known family."""
+    """A model of Trivet's own, a checkpoint of a known family, or an adapter of either, on its base."""
+    if is_adapter(directory):
+        base = base_of(directory)
+        model = load_any(base, device, dtype)
+        load_adapter(model, directory, family_of(base))
+        return model
     config = Path(directory) / "config.json"
     try:
         known = json.loads(config.read_text()).get("model_type") in FAMILY_NAMES
@@ -106,7 +112,8 @@ def load_pair(
     directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[Transformer, Chat]:
     """A model and what it reads and writes. Raises UserError where they do not belong together."""
-    model, chat = load_any(directory, device, dtype), Chat.load(directory)
+    bare = is_adapter(directory) and not (Path(directory) / "tokenizer.json").is_file()
+    model, chat = load_any(directory, device, dtype), Chat.load(base_of(directory) if bare else directory)
     if chat.vocab_size > model.spec.vocab_size:
         raise UserError(
             f"{directory}: its tokenizer knows {chat.vocab_size:,} tokens, its model only {model.spec.vocab_size:,}."

@@ -21,6 +21,7 @@ from trivet.config import UserError
 from trivet.engine import Engine, EngineModel
 from trivet.hub.checkpoint import load_pair
 from trivet.messages import Message, Sampling
+from trivet.model.lora import adapter_parameters
 from trivet.tools import get_tool
 
 MOST_SLOTS = 16_384  # tokens of a conversation: their cache is allocated at once
@@ -46,7 +47,9 @@ def converse(
     engine = Engine(model, chat, max_rows=1, slots=slots, device=device)
     once = chat.markers.single_turn
     habit = "It was trained on single questions, so each starts anew." if once else "/new forgets."
-    console.print(f"{directory}: {model.spec.num_params():,} parameters. {habit}", style="dim", markup=False)
+    extra = sum(p.numel() for p in adapter_parameters(model).values())
+    size = f"{model.spec.num_params():,} parameters" + (f" and {extra:,} in its adapter" if extra else "")
+    console.print(f"{directory}: {size}. {habit}", style="dim", markup=False)
     if slots < model.spec.context_length:
         console.print(f"A conversation may take {slots:,} of its {model.spec.context_length:,} tokens.", style="dim")
     console.print("Ctrl-D or /quit ends, /budget N sets the thinking budget (off, none).", style="dim", markup=False)

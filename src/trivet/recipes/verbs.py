@@ -15,10 +15,13 @@ from rich.table import Table
 from trivet.config import UserError
 from trivet.disk import atomic_dir
 from trivet.hub import read_config_file
+from trivet.hub.adapter import base_of, family_of, is_adapter, save_adapter
 from trivet.hub.checkpoint import load_any, load_pair, save_checkpoint
 from trivet.measure.evaluate import evaluate
 from trivet.measure.results import Budget, Result
 from trivet.messages import Sampling
+from trivet.model import Transformer
+from trivet.model.lora import fingerprint, merge
 from trivet.tasks import make_task
 
 PROMPT_TOKENS = 4096  # of a problem, at most, where the model's context is longer
@@ -32,16 +35,30 @@ COPIED = (
 )
 
 
-def export(directory: Path, like: Path, out: Path, dtype: str | None) -> None:
-    """Write a model in the format of the checkpoint that it came from, with that one's tokenizer files."""
+def export(directory: Path, like: Path | None, out: Path, dtype: str | None, adapter: bool) -> None:
+    """Write a model in the format of the checkpoint that it came from, with that one's tokenizer files.
+
+    An adapter is merged into its base, or written as it is, for `like` as its base.
+    """
+    adapted = is_adapter(directory)
     if out.exists():
         raise UserError(f"{out} exists already; give another --out or remove it.")
+    if like is None and not adapted:
+        raise UserError(f"{directory} is no adapter, so it does not say what it came from: give --like, a checkpoint.")
+    if adapter and not adapted:
+        raise UserError(f"{directory} holds a whole model, no adapter: leave --adapter out.")
+    like = like or base_of(directory)
     described = read_config_file(like / "config.json").spec
-    model = load_any(directory, dtype={None: None, "fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    kind = {None: torch.float32 if adapter else None, "fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    model = load_any(directory, dtype=kind)
     ours, theirs = (spec.model_dump(exclude={"mtp"}) for spec in (model.spec, described))
     different = [key for key in ours if ours[key] != theirs[key]]
     if different:
         raise UserError(f"{directory} is no model of {like}'s shape: they differ in {', '.join(different)}.")
+    if adapter:
+        _export_adapter(model, directory, like, out)
+        return
+    merge(model)
     config = json.loads((like / "config.json").read_text()) | {"dtype": str(model.embed.dtype).removeprefix("torch.")}
     for key in ("torch_dtype", "quantization_config"):
         config.pop(key, None)
@@ -52,6 +69,16 @@ def export(directory: Path, like: Path, out: Path, dtype: str | None) -> None:
         for name in COPIED:
             if (like / name).is_file():
                 shutil.copy(like / name, aside / name)
+
+
+def _export_adapter(model: Transformer, directory: Path, like: Path, out: Path) -> None:
+    if like.resolve() != base_of(directory).resolve() and fingerprint(load_any(like)) != fingerprint(model):
+        raise UserError(
+            f"{directory} was trained on other weights than {like} holds, so its adapter is worth nothing there: "
+            "leave --adapter out to write the merged model."
+        )
+    with atomic_dir(out) as aside:
+        save_adapter(model, aside, like, family_of(like))
 
 
 def evaluate_directory(
