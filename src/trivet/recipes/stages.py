@@ -213,7 +213,7 @@ def run_stage(stage: Stage, context: Context) -> dict[str, Any]:
     out = context.out
     resolved = json.loads(stage.model_dump_json())
     asked = out / "stage.json"
-    if asked.exists():
+    if asked.exists() and any(p != asked for p in out.iterdir()):  # else it failed before it began
         later = {key: f.default for key, f in type(stage).model_fields.items() if not f.is_required()}
         changed = first_difference(
             later | json.loads(asked.read_text()), resolved
