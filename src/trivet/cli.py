@@ -135,7 +135,7 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write; it must not exist.")],
     like: Annotated[
         Path | None,
-        typer.Option("--like", help="The checkpoint it came from: its config and tokenizer files. An adapter knows."),
+        typer.Option("--like", help="The checkpoint it came from: its config and tokenizer files. Adapters know."),
     ] = None,
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Write only the adapter, in PEFT's format; else it is merged.")

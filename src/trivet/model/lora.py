@@ -84,9 +84,9 @@ def adapters(model: Transformer) -> dict[Place, Adapter]:
     for name, at in places(model):
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
-        adapter = module.lora if isinstance(module, Linear) else module.lora._modules.get(PARTS[leaf, at])  # type: ignore[union-attr]
-        if isinstance(adapter, Adapter):
-            found[name, at] = adapter
+        held = dict(module.lora.items()).get(PARTS[leaf, at]) if isinstance(module, DenseFFN) else module.lora
+        if isinstance(held, Adapter):
+            found[name, at] = held
     return found
 
 

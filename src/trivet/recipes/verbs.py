@@ -43,11 +43,11 @@ def export(directory: Path, like: Path | None, out: Path, dtype: str | None, ada
     adapted = is_adapter(directory)
     if out.exists():
         raise UserError(f"{out} exists already; give another --out or remove it.")
-    if like is None and not adapted:
-        raise UserError(f"{directory} is no adapter, so it does not say what it came from: give --like, a checkpoint.")
     if adapter and not adapted:
         raise UserError(f"{directory} holds a whole model, no adapter: leave --adapter out.")
     like = like or base_of(directory)
+    if family_of(like) == "trivet":
+        raise UserError(f"{like} has no family's format: give --like, the checkpoint that it came from.")
     described = read_config_file(like / "config.json").spec
     kind = {None: torch.float32 if adapter else None, "fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     model = load_any(directory, dtype=kind)
