@@ -163,12 +163,15 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write; it must not exist.")],
     like: Annotated[
         Path | None,
-        typer.Option("--like", help="The checkpoint that the model came from: its config and tokenizer files."),
+        typer.Option("--like", help="The checkpoint it came from: its config and tokenizer files. Adapters know."),
     ] = None,
     family: Annotated[
         str | None,
         typer.Option("--family", help="For a model of your own: qwen3, deepseek_v3 ...; default: what fits."),
     ] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Write only the adapter, in PEFT's format; else it is merged.")
+    ] = False,
     dtype: Annotated[
         Literal["fp32", "bf16"] | None, typer.Option("--dtype", help="Type of the weights; default: as they are.")
     ] = None,
@@ -180,10 +183,15 @@ def export(
         typer.Option("--experts", help="Of every sparse layer, these experts only: 8 (the first), 0:8, 3,5."),
     ] = None,
 ) -> None:
-    """Write a model in its family's own format, which transformers, vLLM and others load."""
+    """Write a model in its family's own format, which transformers, vLLM and others load; an adapter in PEFT's."""
     from trivet.recipes.export import export as write
+    from trivet.recipes.export import export_adapter
 
-    write(model, out, like, family, dtype, layers, experts)
+    if adapter:
+        given = {"--family": family, "--layers": layers, "--experts": experts}
+        export_adapter(model, out, like, dtype, [name for name, value in given.items() if value is not None])
+    else:
+        write(model, out, like, family, dtype, layers, experts)
 
 
 @app.command()

@@ -23,6 +23,7 @@ from torch import Tensor
 from trivet.chat import Chat
 from trivet.config import UserError
 from trivet.hub import read_config_file
+from trivet.hub.adapter import base_of, family_of, is_adapter, load_adapter
 from trivet.hub.names import FAMILY_NAMES, Names, Slot, shared_copies, slots
 from trivet.hub.part import Numbers, cut
 from trivet.model import Transformer
@@ -125,7 +126,12 @@ def load_any(
     layers: Numbers = None,
     experts: Numbers = None,
 ) -> Transformer:
-    """A model of Trivet's own, or a checkpoint of a known family (or a part of one)."""
+    """A model of Trivet's own, a checkpoint of a known family (or a part of one), or an adapter of either, on its base."""
+    if is_adapter(directory):
+        base = base_of(directory)
+        model = load_any(base, device, dtype, layers, experts)
+        load_adapter(model, directory, family_of(base))
+        return model
     if is_family(directory):
         return load_checkpoint(directory, device, dtype, layers, experts)
     if layers is not None or experts is not None:
@@ -144,8 +150,9 @@ def load_pair(
 
     rope_yarn, dual_chunk: its context times this, by YaRN or by dual chunks (`spec/extend.py`), with a warning.
     """
-    spec = read_config_file(directory / "config.json").spec if is_family(directory) else load_spec(directory)
-    chat = Chat.load(directory)
+    base = base_of(directory) if is_adapter(directory) else directory
+    spec = read_config_file(base / "config.json").spec if is_family(base) else load_spec(base)
+    chat = Chat.load(directory if (directory / "tokenizer.json").is_file() else base)
     if chat.vocab_size > spec.vocab_size:
         raise UserError(
             f"{directory}: its tokenizer knows {chat.vocab_size:,} tokens, its model only {spec.vocab_size:,}."

@@ -66,6 +66,7 @@ class DenseFFN(nn.Module):
         super().__init__()
         self.gate_up = nn.Parameter(torch.empty(2, hidden, d_model))
         self.down = nn.Parameter(torch.empty(d_model, hidden))
+        self.lora = nn.ModuleDict()  # adapters of "gate", "up" and "down", if there are any (lora.py)
 
     @classmethod
     def from_spec(cls, spec: SwiGLU, d_model: int) -> DenseFFN:
@@ -73,7 +74,11 @@ class DenseFFN(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout | None = None, routing: Routing | None = None) -> Tensor:
         gate, up = F.linear(x, self.gate_up.flatten(0, 1)).chunk(2, -1)
-        return F.linear(F.silu(gate) * up, self.down)
+        h = F.silu(self._adapted(gate, "gate", x)) * self._adapted(up, "up", x)
+        return self._adapted(F.linear(h, self.down), "down", h)
+
+    def _adapted(self, y: Tensor, part: str, x: Tensor) -> Tensor:
+        return y + self.lora[part](x) if part in self.lora else y
 
 
 class MoEFFN(Float32Buffers):
@@ -156,8 +161,11 @@ class MoEFFN(Float32Buffers):
             routing.balance = routing.balance + s.balance * (f * p).sum(-1).mean()
 
     def update_bias(self, load: Tensor) -> None:
-        """The auxiliary-loss-free rule: raise the bias of under-loaded experts, lower the others."""
-        if self.spec.selection_bias:
+        """The auxiliary-loss-free rule: raise the bias of under-loaded experts, lower the others.
+
+        A frozen router keeps its bias: an adapter must fit the model that it was trained on.
+        """
+        if self.spec.selection_bias and self.router.requires_grad:
             self.bias += self.spec.bias_rate * (load.mean() - load).sign()
 
 

@@ -69,10 +69,12 @@ def load_model(directory: Path, device: torch.device | str = "cpu", dtype: torch
     return model.to(device=device, dtype=dtype or tensors["embed"].dtype)
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, **metadata: str) -> None:
     """safetensors, where a full disk is an OSError like everywhere else."""
     try:
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
+        save_file(
+            {name: t.detach().contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt", **metadata}
+        )
     except SafetensorError as e:
         number = re.search(r"\(os error (\d+)\)", str(e))
         if number is None:

@@ -47,14 +47,42 @@ class RMSNorm(nn.Module):
 Norms = Callable[[int], RMSNorm]  # width -> a norm in the style of the model
 
 
+class Adapter(nn.Module):
+    """LoRA's addition to a matrix: x [..., in] -> scale B A x [..., out]. See lora.py, which attaches it."""
+
+    def __init__(self, rank: int, alpha: float, rslora: bool, weight: Tensor) -> None:
+        super().__init__()
+        d_out, d_in = weight.shape
+        self.rank, self.alpha, self.rslora = rank, alpha, rslora
+        self.scale = alpha / (math.sqrt(rank) if rslora else rank)
+        self.a = nn.Parameter(weight.new_empty(rank, d_in))
+        self.b = nn.Parameter(weight.new_zeros(d_out, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.a) * self.scale, self.b)
+
+    def delta(self) -> Tensor:
+        """[out,in] what it adds to its matrix."""
+        return self.scale * self.b @ self.a
+
+
 class Linear(nn.Linear):
-    """nn.Linear without a bias unless asked; initialised by the Transformer, not here."""
+    """nn.Linear without a bias unless asked, plus its adapter if it has one; initialised by the Transformer."""
 
     def __init__(self, d_in: int, d_out: int, bias: bool = False) -> None:
         super().__init__(d_in, d_out, bias=bias)
+        self.lora: Adapter | None = None
 
     def reset_parameters(self) -> None:
         """Nothing: the Transformer initialises every weight in one function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if self.lora is None else y + self.lora(x)
+
+    def matrix(self) -> Tensor:
+        """[out,in] the matrix that `forward` applies, for those who multiply by it in another order."""
+        return self.weight if self.lora is None else self.weight + self.lora.delta()
 
 
 class Float32Buffers(nn.Module):

@@ -84,7 +84,7 @@ class LatentAttention(nn.Module):
     def absorbed(self, q_nope: Tensor, q_rope: Tensor, memory: Tensor, layout: Layout) -> Tensor:
         """Attend over the latents themselves: one (C+rope)-wide key, one C-wide value. -> [B,T,H,v]"""
         s = self.spec
-        up = self.kv_up.weight.view(s.heads, s.nope_dim + s.v_dim, s.kv_rank)  # [H,nope+v,C]
+        up = self.kv_up.matrix().view(s.heads, s.nope_dim + s.v_dim, s.kv_rank)  # [H,nope+v,C]
         w_uk, w_uv = up.split((s.nope_dim, s.v_dim), 1)
         batch, length = q_nope.shape[:2]
         # Both per-head products run as H large matrix products over all B*T queries.

@@ -240,12 +240,13 @@ class Transformer(nn.Module):
         """ "matrices" (Muon: the last two dimensions are a matrix, leading ones a batch) and "others".
 
         Embedding and head are tables, a router's rows are expert centroids, a convolution is a filter a
-        channel: AdamW, like the vectors.
+        channel: AdamW, like the vectors and LoRA's factors. What is frozen is in neither.
         """
         groups: dict[str, dict[str, nn.Parameter]] = {"matrices": {}, "others": {}}
         for name, p in self.named_parameters():
-            table = name in ("embed", "head") or name.endswith((".router", ".shared_gate", ".conv"))
-            groups["others" if table or p.ndim < 2 else "matrices"][name] = p
+            table = name in ("embed", "head") or name.endswith((".router", ".shared_gate", ".conv")) or ".lora." in name
+            if p.requires_grad:
+                groups["others" if table or p.ndim < 2 else "matrices"][name] = p
         return groups
 
     @torch.no_grad()

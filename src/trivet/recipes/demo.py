@@ -21,6 +21,7 @@ from rich.table import Table
 
 from trivet.chat import Chat
 from trivet.disk import Journal, write_atomic
+from trivet.hub.checkpoint import load_any
 from trivet.measure.evaluate import evaluate
 from trivet.measure.report import about, render
 from trivet.measure.results import (
@@ -37,7 +38,7 @@ from trivet.measure.results import (
     ToolBars,
 )  # fmt: skip
 from trivet.messages import Sampling
-from trivet.model import Routing, Transformer, load_model
+from trivet.model import Routing, Transformer
 from trivet.recipes.stages import Context, ReportStage, waves
 from trivet.recipes.workers import Tell, side_by_side
 from trivet.tasks import Task, make_task
@@ -101,7 +102,7 @@ def report(stage: ReportStage, context: Context) -> dict[str, Any]:
     """Measure all points, write results.json and report.html beside the stages, print the table."""
     began = time.perf_counter()
     names = [name for name in (stage.cold, stage.final, stage.dense) if name is not None]
-    models = {name: load_model(context.run / name, context.device).eval() for name in names}
+    models = {name: load_any(context.run / name, context.device).eval() for name in names}
     chats = {name: Chat.load(context.run / name) for name in names}
     found = _measure(stage, context, names)
     seconds = _seconds(context)
@@ -167,7 +168,7 @@ def _one_point(stage: ReportStage, run: Path, point: Point, device: torch.device
 
 @lru_cache(maxsize=4)
 def _load(directory: Path, device: torch.device) -> tuple[Transformer, Chat]:
-    return load_model(directory, device).eval(), Chat.load(directory)
+    return load_any(directory, device).eval(), Chat.load(directory)
 
 
 # ------------------------------------------------------------------------------------------- summaries

@@ -17,11 +17,13 @@ from trivet.chat.exported import tokenizer_files
 from trivet.config import UserError
 from trivet.disk import atomic_dir
 from trivet.hub import Described, read_config_file
+from trivet.hub.adapter import base_of, family_of, is_adapter, save_adapter
 from trivet.hub.checkpoint import Shards, account_for, is_family, load_any, save_checkpoint
 from trivet.hub.pairs import in_pairs, spec_in_pairs
 from trivet.hub.part import cut, parse_numbers
 from trivet.hub.write import differences, rewrite_config, write_config
 from trivet.model import load_spec
+from trivet.model.lora import fingerprint, merge
 from trivet.spec import ModelSpec
 
 COPIED = (
@@ -48,6 +50,9 @@ def export(
         raise UserError(f"{out} exists already; give another --out or remove it.")
     if like is not None and family is not None:
         raise UserError("--like takes the family from that checkpoint; leave --family out.")
+    like = like or (base_of(directory) if is_adapter(directory) else None)
+    if like is not None and not is_family(like):
+        like = None  # an adapter of a model of our own
     kept = None if layers is None else parse_numbers(layers, "--layers")
     chosen = None if experts is None else parse_numbers(experts, "--experts")
     source = like or (directory if is_family(directory) else None)
@@ -60,6 +65,7 @@ def export(
     else:
         files, ids = _copied(source or directory), {key: described.config.get(key) for key in IDS}
     model = load_any(directory, "cpu", DTYPES[dtype], kept, chosen)
+    merge(model)
     beside = None
     if described is None or family is not None:
         model = in_pairs(model)
@@ -82,6 +88,27 @@ def export(
         f"Wrote {out}: {config['model_type']}, {depth} layer{'s' * (depth > 1)}, {model.spec.num_params():,} parameters "
         f"in {config['dtype']}{', which was quantized' if _quantized(described) else ''}."
     )
+
+
+def export_adapter(directory: Path, out: Path, like: Path | None, dtype: str | None, beside: list[str]) -> None:
+    """Write an adapter as it is, in PEFT's format, for `like` as its base. Raises UserError where it belongs to another."""
+    if out.exists():
+        raise UserError(f"{out} exists already; give another --out or remove it.")
+    if not is_adapter(directory):
+        raise UserError(f"{directory} holds a whole model, no adapter: leave --adapter out.")
+    if beside:
+        raise UserError(f"{beside[0]} is of a whole model: leave it out, or --adapter.")
+    base = like or base_of(directory)
+    if not is_family(base):
+        raise UserError(f"{base} has no family's format: give --like, the checkpoint that it came from.")
+    model = load_any(directory, dtype=DTYPES[dtype] or torch.float32)
+    if base.resolve() != base_of(directory).resolve() and fingerprint(load_any(base)) != fingerprint(model):
+        raise UserError(
+            f"{directory} was trained on other weights than {base} holds, so its adapter is worth nothing there: "
+            "leave --adapter out to write the merged model."
+        )
+    with atomic_dir(out) as aside:
+        save_adapter(model, aside, base, family_of(base))
 
 
 def _like(ours: ModelSpec, theirs: ModelSpec, described: Described, wrong: str) -> dict[str, Any]:

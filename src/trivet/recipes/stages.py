@@ -1,6 +1,7 @@
 """A recipe is a list of stages; a stage reads a directory and writes a directory.
 
     runs/demo/sft/   config.json  model.safetensors  tokenizer.json  tokenizer_config.json   the model
+                     adapter_config.json  adapter_model.safetensors   with `lora`, in place of the first two
                      stage.json                      what was asked for, defaults filled in
                      metrics.jsonl  tensorboard/     one line a step
                      resume/                         the last two training states
@@ -25,10 +26,12 @@ from pydantic import Field, ValidationError, model_validator
 
 from trivet.chat import Chat, bpe_chat, tiny_chat
 from trivet.config import UserError, explain, nearest
-from trivet.disk import atomic_dir, write_atomic
+from trivet.disk import write_atomic
 from trivet.hub.checkpoint import load_pair
 from trivet.messages import Message
-from trivet.model import Transformer, save_model
+from trivet.model import Transformer
+from trivet.model.lora import LoRA
+from trivet.recipes.adapted import prepare, save_result
 from trivet.recipes.workers import Tell, side_by_side
 from trivet.rl.learner import RLConfig, learn
 from trivet.spec import Frozen, ModelSpec
@@ -49,6 +52,7 @@ class TrainStage(Frozen):
     kind: Literal["train"] = "train"
     start: str | None = Field(default=None, description="stage or model directory to go on from; else `model`")
     model: dict[str, Any] | None = Field(default=None, description="a ModelSpec; vocab_size comes from the tokenizer")
+    lora: LoRA | None = Field(default=None, description="train adapters of `start`, not its weights")
     tokenizer: str = Field(default="tiny", description="'tiny', 'bpe:SIZE' (trained on the data), or a directory")
     tasks: tuple[dict[str, Any], ...] = Field(default=(), description="tasks to imitate: name, weight, settings")
     text: str | None = Field(default=None, description="a plain-text file to pretrain on, instead of tasks")
@@ -59,6 +63,8 @@ class TrainStage(Frozen):
     def _whole(self) -> TrainStage:
         if (self.start is None) == (self.model is None):
             raise ValueError("give either `start` (an earlier model) or `model` (a new one)")
+        if self.lora is not None and self.start is None:
+            raise ValueError("`lora` adapts an earlier model: give `start` instead of `model`")
         if (not self.tasks) == (self.text is None):
             raise ValueError("give either `tasks` or `text` to train on")
         if self.model is not None:
@@ -74,6 +80,7 @@ class RLStage(Frozen):
 
     kind: Literal["rl"] = "rl"
     start: str = Field(description="stage or model directory to start from")
+    lora: LoRA | None = Field(default=None, description="train adapters of `start`, not its weights")
     tasks: tuple[dict[str, Any], ...] = Field(min_length=1, description="tasks to learn: name, weight, settings")
     threads: int = Field(default=0, ge=0, description="CPU threads; 0: the recipe's. Fewer let stages run side by side")
     rl: RLConfig
@@ -206,8 +213,11 @@ def run_stage(stage: Stage, context: Context) -> dict[str, Any]:
     out = context.out
     resolved = json.loads(stage.model_dump_json())
     asked = out / "stage.json"
-    if asked.exists():
-        changed = first_difference(json.loads(asked.read_text()), resolved)
+    if asked.exists() and any(p != asked for p in out.iterdir()):  # else it failed before it began
+        later = {key: f.default for key, f in type(stage).model_fields.items() if not f.is_required()}
+        changed = first_difference(
+            later | json.loads(asked.read_text()), resolved
+        )  # a setting may be newer than the run
         if changed is not None:
             key, was, now = changed
             raise UserError(
@@ -225,8 +235,9 @@ def run_stage(stage: Stage, context: Context) -> dict[str, Any]:
 def _train(stage: TrainStage, context: Context) -> dict[str, Any]:
     tasks = load_tasks(stage.tasks)
     if stage.start is not None:
-        model, chat = load_start(stage.start, context)
+        start, model, chat = load_start(stage.start, stage.lora, stage.train.seed, context)
     else:
+        start = None
         chat = make_chat(stage, [task for task, _ in tasks])
         spec = ModelSpec.model_validate({**(stage.model or {}), "vocab_size": chat.vocab_size})
         model = Transformer(spec, seed=stage.train.seed)
@@ -236,15 +247,15 @@ def _train(stage: TrainStage, context: Context) -> dict[str, Any]:
         model, documents, stage.train, context.out,
         progress=context.progress, evaluate=held_out_loss(stage, tasks, chat), device=context.device,
     )  # fmt: skip
-    save_checkpoint(model, chat, context.out)
+    save_result(model, chat, context.out, start)
     return summary
 
 
 def _rl(stage: RLStage, context: Context) -> dict[str, Any]:
-    model, chat = load_start(stage.start, context)
+    start, model, chat = load_start(stage.start, stage.lora, stage.rl.seed, context)
     tasks = load_tasks(stage.tasks)
     summary = learn(model, chat, tasks, stage.rl, context.out, progress=context.progress, device=context.device)
-    save_checkpoint(model, chat, context.out)
+    save_result(model, chat, context.out, start)
     return summary
 
 
@@ -258,23 +269,15 @@ RUNNERS: dict[str, Callable[[Any, Context], dict[str, Any]]] = {"train": _train,
 
 
 # ----------------------------------------------------------------------------------------------- parts
-def save_checkpoint(model: Transformer, chat: Chat, out: Path) -> None:
-    """The standard files of a model directory, each replaced as a whole."""
-    with atomic_dir(out / ".final") as aside:
-        save_model(model, aside)
-        chat.save(aside)
-    for file in sorted((out / ".final").iterdir()):
-        file.rename(out / file.name)
-    (out / ".final").rmdir()
-
-
-def load_start(start: str, context: Context) -> tuple[Transformer, Chat]:
+def load_start(start: str, lora: LoRA | None, seed: int, context: Context) -> tuple[Path | None, Transformer, Chat]:
     """An earlier stage of the same recipe by name, or any model directory by path."""
     stages = list(context.recipe.stages) if context.recipe else []
     path = context.run / start if start in stages else Path(start)
     if not path.is_dir():
         raise UserError(f"start = {start!r} is neither a stage nor a directory.{nearest(start, stages)}")
-    return load_pair(path, context.device, torch.float32)  # learning needs exact weights
+    model, chat = load_pair(path, context.device, torch.float32)  # learning needs exact weights
+    prepare(model, lora, path, seed, context.say)
+    return path, model, chat
 
 
 def load_tasks(configs: tuple[dict[str, Any], ...]) -> list[tuple[Task, float]]:

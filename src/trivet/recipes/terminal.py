@@ -22,6 +22,7 @@ from trivet.engine import PREFIX_BYTES, Engine, EngineModel
 from trivet.hub.checkpoint import load_pair
 from trivet.messages import Message, Sampling
 from trivet.model import Transformer
+from trivet.model.lora import adapter_parameters
 from trivet.tools import get_tool
 
 FOLDED = 72  # characters of a thought that stay when it is folded
@@ -88,7 +89,9 @@ def converse(
 
 def _greet(directory: Path, model: Transformer, chat: Chat, console: Console) -> None:
     habit = "It was trained on single questions, so each starts anew." if chat.markers.single_turn else "/new forgets."
-    console.print(f"{directory}: {model.spec.num_params():,} parameters. {habit}", style="dim", markup=False)
+    extra = sum(p.numel() for p in adapter_parameters(model).values())
+    size = f"{model.spec.num_params():,} parameters" + (f" and {extra:,} in its adapter" if extra else "")
+    console.print(f"{directory}: {size}. {habit}", style="dim", markup=False)
     switches = ", /no_think and /think switch thinking" if chat.thinks == "can" else ""
     console.print(
         f"Ctrl-D or /quit ends, /budget N sets the thinking budget (off, none){switches}.", style="dim", markup=False

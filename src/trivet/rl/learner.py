@@ -27,7 +27,6 @@ loss, several devices.
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections import Counter
@@ -47,7 +46,9 @@ from trivet.disk import Journal
 from trivet.engine import PREFIX_BYTES, Engine
 from trivet.messages import Sampling
 from trivet.model import Routing, Transformer
+from trivet.model.lora import adapter_parameters, fingerprint
 from trivet.rl.objectives import Totals, advantages, find_objective, policy_loss
+from trivet.rl.reference import Reference
 from trivet.rl.rollout import Attempt, Job, draw_problems, play
 from trivet.rl.update import Packed, pack
 from trivet.spec import Frozen
@@ -178,7 +179,7 @@ class _Run:
             raise UserError(
                 f"rl.length ({config.length}) exceeds the model's context_length ({model.spec.context_length})."
             )
-        self.reference = copy.deepcopy(model).requires_grad_(False) if self.objective.kl > 0 else None
+        self.reference = Reference(model) if self.objective.kl > 0 else None
         self.optimizer = Optimizer(model.optimizer_groups(), config.muon_lr, config.adam_lr, config.weight_decay)
         self.identity: dict[str, Any] = {
             "rl": config.model_dump(mode="json"),
@@ -187,6 +188,8 @@ class _Run:
         }
         for harmless in ("save_every_seconds", "tensorboard", "recompute"):
             del self.identity["rl"][harmless]
+        if adapter_parameters(model):  # a state holds the adapters only
+            self.identity["base"] = fingerprint(model)
         self.step, self.seconds, self.metrics = 0, 0.0, {}
         self.journal = Journal(out / "metrics.jsonl")
         state = load_latest(out / "resume", self.identity)
@@ -324,7 +327,7 @@ class _Run:
         done.mismatch = (worst, k3)
         return done
 
-    def _logprobs(self, model: Transformer, part: Packed, routing: Routing) -> tuple[Tensor, Tensor]:
+    def _logprobs(self, model: Transformer | Reference, part: Packed, routing: Routing) -> tuple[Tensor, Tensor]:
         """log p and entropy [N] of the tokens that the model wrote, at the temperature they were sampled at."""
         hidden = model(part.tokens, part.positions, routing=routing, recompute=self.config.recompute)  # [B,T,D]
         return token_logprobs(hidden[part.wanted], model.head_weight, part.targets, self.config.temperature)

@@ -3,7 +3,8 @@
     resume/step-00000120/   model.safetensors  optimizer.safetensors  state.json
 
 Each state is an atomic folder; the last two are kept. Nothing else is state: the data is a pure
-function of an index, and randomness is seeded anew at every step. Never pickle.
+function of an index, and randomness is seeded anew at every step. Frozen parameters are where the run
+started and are not stored: with LoRA a state is the adapters. Never pickle.
 """
 
 from __future__ import annotations
@@ -39,8 +40,11 @@ class State:
     optimizer: dict[str, Tensor]
 
     def apply(self, model: nn.Module, optimizer: Optimizer) -> None:
+        for name in sorted(_changing(model).keys() ^ self.model.keys()):
+            where = "unexpected" if name in self.model else "missing"
+            raise UserError(f"{self.path} does not belong to this model: {name!r} is {where}.")
         try:
-            model.load_state_dict(self.model)
+            model.load_state_dict(self.model, strict=False)
         except RuntimeError as e:
             raise UserError(f"{self.path} does not belong to this model: {str(e).splitlines()[-1].strip()}") from None
         optimizer.load_state_dict(self.optimizer)
@@ -57,7 +61,7 @@ def save_state(
     """Store the state after `step` optimizer steps; config and extra are JSON values."""
     final = folder / f"step-{step:08d}"
     with atomic_dir(final) as aside:
-        save_tensors(model.state_dict(), aside / "model.safetensors")
+        save_tensors(_changing(model), aside / "model.safetensors")
         save_tensors(optimizer.state_dict(), aside / "optimizer.safetensors")
         scalars = {"step": step, "config": config, "extra": extra}
         (aside / "state.json").write_text(json.dumps(scalars, indent=1, allow_nan=False))
@@ -105,6 +109,11 @@ def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, str, str] 
                 return found
         return None
     return None if old == new else (key.removesuffix("."), repr(old), repr(new))
+
+
+def _changing(model: nn.Module) -> dict[str, Tensor]:
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
 
 
 def _saved(folder: Path) -> list[Path]:

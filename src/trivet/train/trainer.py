@@ -36,6 +36,7 @@ from torch import Tensor
 from trivet.config import UserError
 from trivet.disk import Journal
 from trivet.model import Routing, Transformer
+from trivet.model.lora import adapter_parameters, fingerprint, training_flops_per_token
 from trivet.spec import Frozen
 from trivet.train.checkpoint import load_latest, save_state
 from trivet.train.data import Batch, Documents, PackedBatches, stable_hash
@@ -179,9 +180,14 @@ class _Run:
         self.step, self.start, self.seconds = 0, 0, 0.0
         self.metrics: dict[str, Any] = {}
         self.totals = {"tokens": 0, "targets": 0, "slots": 0, "cut": 0}
-        self.identity = {"train": config.model_dump(mode="json"), "spec": model.spec.model_dump(mode="json")}
+        self.identity: dict[str, Any] = {
+            "train": config.model_dump(mode="json"),
+            "spec": model.spec.model_dump(mode="json"),
+        }
         for harmless in ("save_every_seconds", "tensorboard", "recompute"):  # of these no bit depends
             del self.identity["train"][harmless]
+        if adapter_parameters(model):  # a state holds the adapters only
+            self.identity["base"] = fingerprint(model)
         self.journal = Journal(out / "metrics.jsonl")
         state = load_latest(out / "resume", self.identity)
         if state is not None:
@@ -221,7 +227,7 @@ class _Run:
         self.totals["slots"] += sum(batch.tokens.numel() for batch in packed)
         self.totals["cut"] = self.batches.cut
         context = round(sum(batch.context for batch in packed) / filled)  # mean; documents, not rows
-        self.flops_since_log += filled * self.model.spec.training_flops_per_token(2 * context - 1)
+        self.flops_since_log += filled * training_flops_per_token(self.model, 2 * context - 1)
         self.tokens_since_log += filled
 
     def evaluate(self, evaluate: Callable[[Transformer], dict[str, float]]) -> dict[str, float]:
@@ -238,7 +244,8 @@ class _Run:
                 f"Training broke at step {self.step}: loss {loss}, gradient norm {norm}. Lower muon_lr "
                 f"or adam_lr, or warm up longer; the last good state is step {self.saved}."
             )
-        values: dict[str, Any] = {"loss": loss, "grad_norm": norm, "lr": self.rate * self.config.muon_lr, **self.totals}
+        fastest = self.config.muon_lr if self.optimizer.matrices else self.config.adam_lr
+        values: dict[str, Any] = {"loss": loss, "grad_norm": norm, "lr": self.rate * fastest, **self.totals}
         if self.model.spec.mtp:
             values["mtp_loss"] = self.sums.mtp.item()
         if self.sums.loads:
