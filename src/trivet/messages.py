@@ -66,6 +66,9 @@ class Sampling:
     thinking: None = unlimited; "off" = the template's non-thinking prompt; N >= 0 = at most N
     reasoning tokens, then the closing message and the end-of-thinking tag are forced. What a person
     typed (/no_think) becomes one of these by Chat.thinking_for.
+    min_thinking: a thought that would end before so many tokens is made to go on with the continuing message
+    (s1, arXiv 2501.19393), and one is opened where the model would open none.
+    budget_for: what a budget N is for, one turn (an answer and the tool calls before it) or the conversation.
     answer_reserve: tokens kept back from max_tokens so that a thinker can still answer.
     grammar: holds from where the answer starts.
     top_logprobs, prompt_logprobs: what Completion reports of the model's own distribution.
@@ -84,6 +87,8 @@ class Sampling:
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
     thinking: int | Literal["off"] | None = None
+    min_thinking: int = 0
+    budget_for: Literal["turn", "conversation"] = "turn"
     answer_reserve: int = 16
     grammar: Grammar | None = None
     top_logprobs: int = 0

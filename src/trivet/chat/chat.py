@@ -51,6 +51,7 @@ class Markers(Frozen):
     tool_close: str = "</tool_call>"
     end: str = "<end>"
     closing_message: str = "…"  # what the engine writes before think_close when the budget is spent
+    continuing_message: str = "\nWait, "  # and instead of a think_close that comes too early
     tool_syntax: Name = "bare"  # what stands between the tool tags: see syntax.py
     transformers: bool = False  # the template is a checkpoint's own: see template.py
     single_turn: bool = False  # training showed one question a conversation, so a second one would be foreign to it
@@ -87,6 +88,7 @@ class Chat:
         self.end_id = self._one(markers.end)
         self.syntax = SYNTAXES[markers.tool_syntax]
         self._tags_in_text()
+        self.continuing_ids = self.encode_text(markers.continuing_message)
         closing = [*self.encode_text(markers.closing_message), self.think_close_id]
         self.closing_ids = closing if self.think_close_id >= 0 else []  # no tags: nothing to close
 

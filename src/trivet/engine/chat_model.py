@@ -98,7 +98,7 @@ class EngineModel:
         rendered = self.chat.render(messages, tools, thinking=sampling.thinking != "off", generate=True)
         used = 0
         for message in reversed(messages):
-            if message.role == "user":
+            if message.role == "user" and sampling.budget_for == "turn":
                 break
             if message.completion is not None:
                 used += message.completion.reasoning_tokens

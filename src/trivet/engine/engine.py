@@ -20,8 +20,9 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Literal
 
 import numpy as np
 import torch
@@ -123,6 +124,19 @@ class Engine:
         if live.row < 0:
             self._waiting.remove(live)
         self._finish(live, StopReason.CANCELLED)
+
+    def set_budget(self, id: int, thinking: int | Literal["off"] | None) -> None:
+        """Give a request that waits or runs another thinking budget; what it has thought so far counts."""
+        live = self._by_id.get(id)
+        if live is None:
+            return
+        sampling = replace(live.request.sampling, thinking=thinking)
+        request = replace(live.request, sampling=sampling)
+        live.request, live.limits = request, Limits.of(request, self.chat, self.slots)
+        if live.row >= 0:
+            self.rows.budget[live.row] = live.limits.budget
+        elif live.saved is not None:
+            live.saved.known["budget"] = live.limits.budget
 
     def cancel_all(self) -> None:
         for id in list(self._by_id):
@@ -282,7 +296,8 @@ class Engine:
         if not ready.any():
             return
         ahead = self.drafter.ahead if self.drafter is not None else 0
-        most = int(rows.wanted[:n].max()) + 1 + ahead + len(self.chat.closing_ids)
+        forced = max(len(self.chat.closing_ids), len(self.chat.continuing_ids))
+        most = int(rows.wanted[:n].max()) + 1 + ahead + forced
         rows.reserve(n, min(most, self.slots), self.max_rows)
         known, start = rows.wanted[:n].copy(), rows.computed[:n].copy()
         # Forced tokens go one by one with the others; what a wrong guess made a state forget, all at once.

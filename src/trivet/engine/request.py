@@ -3,6 +3,8 @@
     thinking = "off"   the prompt shuts the thinking block; if the model opens one, it is shut at once
     thinking = N       at most N reasoning tokens in the whole turn, tool calls inside thinking included
     thinking = None    no limit but max_tokens, of which `answer_reserve` is kept back for the answer
+    min_thinking = N   a thought that would close before N tokens goes on with the continuing message instead of the
+                       tag; these tokens are forced as well, and count for the minimum only
 
 Reasoning tokens are the sampled tokens strictly between the opening and the closing tag. When the
 budget is spent and the model would go on thinking, the engine writes the closing message and the tag
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any
+from typing import Any, Literal
 
 from trivet.chat import Chat
 from trivet.config import UserError
@@ -68,12 +70,17 @@ class Limits:
             ("presence_penalty", s.presence_penalty, isfinite(s.presence_penalty)),
             ("frequency_penalty", s.frequency_penalty, isfinite(s.frequency_penalty)),
             ("top_logprobs", s.top_logprobs, 0 <= s.top_logprobs <= MOST_TOPS),
+            ("min_thinking", s.min_thinking, s.min_thinking >= 0),
             ("max_tokens", s.max_tokens, s.max_tokens >= 1),
             ("answer_reserve", s.answer_reserve, s.answer_reserve >= 0),
             ("thinking", s.thinking, s.thinking in (None, "off") or (isinstance(s.thinking, int) and s.thinking >= 0)),
         ):
             if not good:
                 raise UserError(f"Sampling: {name} = {value!r} is out of range.")
+        if s.min_thinking and (s.thinking == "off" or (s.thinking is not None and s.min_thinking > s.thinking)):
+            raise UserError(f"min_thinking = {s.min_thinking} can't be kept with thinking = {s.thinking!r}.")
+        if s.min_thinking and not (chat.continuing_ids and chat.think_open_id >= 0):
+            raise UserError("min_thinking needs a model with thinking tags and a continuing message; leave it out.")
         if "" in s.stop:
             raise UserError("Sampling: a stop string is empty, and would stop everything.")
         if s.thinking is not None and chat.thinks == "never":
@@ -87,13 +94,7 @@ class Limits:
             raise NoRoom(
                 f"The prompt has {len(request.prompt)} tokens, this engine holds {slots} a sequence, answer included."
             )
-        budget = (
-            UNLIMITED
-            if s.thinking is None
-            else 0
-            if s.thinking == "off"
-            else max(s.thinking - request.reasoning_used, 0)
-        )
+        budget = budget_of(s.thinking, request.reasoning_used)
         room = min(s.max_tokens, slots - len(request.prompt))
         opened = chat.thinking_open(request.prompt)
         last = room - len(chat.closing_ids) - s.answer_reserve
@@ -104,6 +105,11 @@ class Limits:
                 f"max_tokens leaves {room} tokens, too few to close the open thought ({len(chat.closing_ids)} tokens)."
             )
         return cls(opened, budget, last)
+
+
+def budget_of(thinking: int | Literal["off"] | None, used: int) -> int:
+    """Reasoning tokens that a completion may take when its turn has taken `used` already."""
+    return UNLIMITED if thinking is None else 0 if thinking == "off" else max(thinking - used, 0)
 
 
 @dataclass

@@ -54,6 +54,8 @@ class Rows:
         self.alive, self.thinking, self.hit, self.stops_on_tool = (np.zeros(0, bool) for _ in range(4))
         # filling: still computing what it brought along; follows: waits for another row to compute its prompt.
         self.filling, self.follows = np.zeros(0, bool), np.zeros(0, bool)
+        # least: thinking tokens below which a thought goes on; waited: forced tokens that count for it.
+        self.least, self.waited = np.zeros(0, np.int64), np.zeros(0, np.int64)
         # guessed: tokens behind the wanted ones that are a guess; drafted: how many a draft model has read.
         self.guessed, self.drafted = np.zeros(0, np.int64), np.zeros(0, np.int64)
         kinds = (torch.float32, torch.float32, torch.long, torch.float32, torch.long)
@@ -113,6 +115,7 @@ class Rows:
             self.wanted[row], self.prompt_length[row] = len(prompt), len(prompt)
             self.most[row] = min(s.max_tokens, self.most_columns - len(prompt))
             self.budget[row], self.last_thought[row] = live.limits.budget, live.limits.last_thought
+            self.least[row], self.waited[row] = s.min_thinking, 0
             self.thinking[row], self.thought[row], self.hit[row] = live.limits.open, 0, False
             self.stops_on_tool[row] = live.request.stop_on_tool
             values = (s.temperature, s.top_p, s.top_k, s.min_p, s.seed & (2**63 - 1))

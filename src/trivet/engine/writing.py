@@ -91,14 +91,18 @@ class Writer:
         spent = (r.thought[which] >= r.budget[which]) | (produced >= r.last_thought[which])
         cut = stays & spent
         for row in which[cut]:
-            self._force(r, int(row))
-        writes = ~broken & ~cut
+            self._close(r, int(row))
+        opens, closes = token == chat.think_open_id, token == chat.think_close_id
+        early = ~broken & self._early(r, which, produced, thinking, opens, closes)
+        for row in which[early]:
+            self._go_on(r, int(row))
+        writes = ~broken & ~cut & ~early
         for live in self._topped.values():
             if live.row in place and writes[place[live.row]]:
                 self._report(live, int(produced[place[live.row]]), logits[place[live.row]])
         for live, may in zip(lives, thinks, strict=True):
             at = place[live.row]
-            if live.matcher is not None and may > -2 and token[at] != may:
+            if live.matcher is not None and may > -2 and token[at] != may and writes[at]:
                 if not live.matcher.consume_token(int(token[at])):
                     failed.append((live.row, f"the grammar can't go on: {live.matcher.get_error().strip()}"))
         rows_w, at_w = which[writes], r.wanted[which[writes]]
@@ -106,7 +110,6 @@ class Writer:
         r.logprobs[rows_w, at_w], r.raw_logprobs[rows_w, at_w] = logprob[writes], raw[writes]
         r.wanted[rows_w] += 1
         r.thought[which] += stays & ~cut
-        opens, closes = token == chat.think_open_id, token == chat.think_close_id
         r.thinking[rows_w] = (thinking & ~closes | opens)[writes]
         return failed
 
@@ -126,7 +129,32 @@ class Writer:
         best = logits.float().log_softmax(-1).topk(live.request.sampling.top_logprobs)
         live.tops[number] = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
-    def _force(self, rows: Rows, row: int) -> None:
+    def _early(
+        self,
+        rows: Rows,
+        which: np.ndarray,
+        produced: np.ndarray,
+        thinking: np.ndarray,
+        opens: np.ndarray,
+        closes: np.ndarray,
+    ) -> np.ndarray:
+        """Rows whose thought would close before its minimum, or not be opened, while there is room for more."""
+        r = rows
+        short = (r.thought[which] + r.waited[which] < r.least[which]) & (r.thought[which] < r.budget[which])
+        room = produced + len(self.chat.continuing_ids) < r.last_thought[which]
+        return short & room & ((thinking & closes) | (~thinking & ~opens & (produced == 0)))
+
+    def _go_on(self, rows: Rows, row: int) -> None:
+        """Open a thought, or write the continuing message in one that would have closed."""
+        r, thinks = rows, bool(rows.thinking[row])
+        ids = self.chat.continuing_ids if thinks else [self.chat.think_open_id]
+        at = r.wanted[row]
+        r.tokens[row, at : at + len(ids)] = ids
+        r.wanted[row] += len(ids)
+        r.waited[row] += len(ids) if thinks else 0
+        r.thinking[row] = True
+
+    def _close(self, rows: Rows, row: int) -> None:
         """Write the closing message and tag where the thought would have gone on."""
         r, ids = rows, self.chat.closing_ids
         at, room = r.wanted[row], r.prompt_length[row] + r.most[row] - r.wanted[row]
