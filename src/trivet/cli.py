@@ -133,6 +133,9 @@ def chat(
     model: ModelDir,
     budget: Budget = None,
     no_think: NoThink = False,
+    min_thinking: Annotated[
+        int, typer.Option("--min-thinking", min=0, help="A thought that would end before so many tokens goes on.")
+    ] = 0,
     tools: Annotated[
         str, typer.Option("--tools", help="Tools the model may call, comma separated, e.g. calculator. Off by default.")
     ] = "",
@@ -143,18 +146,27 @@ def chat(
     fold: Annotated[
         bool, typer.Option("--fold/--unfold", help="Fold long thoughts to their last line when they are done.")
     ] = True,
+    guess: Annotated[
+        str,
+        typer.Option(
+            "--guess", help="Guess tokens ahead, same text sooner: ngram:4, mtp:2, or DIRECTORY:4 (a draft model)."
+        ),
+    ] = "",
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     rope_yarn: RopeYarn = None,
     dual_chunk: DualChunk = None,
     device: Device = "auto",
 ) -> None:
     """Talk to a model in the terminal: thoughts dimmed, tool calls shown, tokens counted."""
+    from trivet.messages import Sampling
     from trivet.recipes.terminal import converse
 
-    thinking: int | Literal["off"] | None = "off" if no_think else budget
+    sampling = Sampling(
+        temperature=temperature, max_tokens=max_tokens, thinking="off" if no_think else budget,
+        min_thinking=min_thinking, seed=seed,
+    )  # fmt: skip
     names = [name for name in tools.split(",") if name]
-    on = _device(device)
-    converse(model, thinking, names, temperature, max_tokens, fold, seed, on, rope_yarn, dual_chunk)
+    converse(model, sampling, names, fold, guess, _device(device), rope_yarn, dual_chunk)
 
 
 @app.command()

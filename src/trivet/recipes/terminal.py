@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +24,7 @@ from trivet.hub.checkpoint import load_pair
 from trivet.messages import Message, Sampling
 from trivet.model import Transformer
 from trivet.model.lora import adapter_parameters
+from trivet.recipes.verbs import drafter_of
 from trivet.tools import get_tool
 
 FOLDED = 72  # characters of a thought that stay when it is folded
@@ -30,12 +32,10 @@ FOLDED = 72  # characters of a thought that stay when it is folded
 
 def converse(
     directory: Path,
-    thinking: int | Literal["off"] | None,
+    sampling: Sampling,
     tool_names: list[str],
-    temperature: float,
-    max_tokens: int,
     fold: bool,
-    seed: int,
+    guess: str,
     device: torch.device,
     rope_yarn: float | None = None,
     dual_chunk: float | None = None,
@@ -45,7 +45,9 @@ def converse(
     model, chat = load_pair(directory, device, rope_yarn=rope_yarn, dual_chunk=dual_chunk)
     model.eval()
     tools = [get_tool(name) for name in tool_names]
-    engine = Engine(model, chat, 1, model.spec.context_length, device, prefix_bytes=PREFIX_BYTES)
+    drafter = drafter_of(guess, model, device) if guess else None
+    slots, thinking = model.spec.context_length, sampling.thinking
+    engine = Engine(model, chat, 1, slots, device, prefix_bytes=PREFIX_BYTES, drafter=drafter)
     once = chat.markers.single_turn
     _greet(directory, model, chat, console)
     history: list[Message] = []
@@ -70,9 +72,7 @@ def converse(
         line = soft.take(line, thinking)
         if not line:
             continue
-        seed += 1
-        asked = chat.thinking_for(soft.said, thinking)
-        sampling = Sampling(temperature=temperature, max_tokens=max_tokens, thinking=asked, seed=seed)
+        sampling = replace(sampling, thinking=chat.thinking_for(soft.said, thinking), seed=sampling.seed + 1)
         shown = _Shown(engine, chat, console, fold)
         try:
             episode = asyncio.run(run_episode(shown, [*history, Message("user", line)], tools, sampling))
@@ -206,6 +206,9 @@ class _Shown:
         calls = sum(isinstance(step, ToolStep) for step in episode.steps)
         note = f"{tokens} tokens, {thought} thinking" + (", budget hit" if any(c.budget_hit for c in done) else "")
         note += f", {calls} tool call{'s' * (calls > 1)}" if calls else ""
+        stats = self.model.engine.stats
+        if stats.guessed_tokens:
+            note += f", {stats.right_tokens / stats.guessed_tokens:.0%} of guesses right so far"
         self.console.print(f"[dim]{note}, {tokens / seconds:,.0f} tok/s, ended by {episode.stop}[/]")
 
 

@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from trivet.config import UserError
-from trivet.hub.checkpoint import load_pair
+from trivet.engine.speculate import MTP, Draft, Drafter, NGram
+from trivet.hub.checkpoint import load_any, load_pair
 from trivet.measure.evaluate import evaluate
 from trivet.measure.results import Budget, Result
 from trivet.messages import Sampling
+from trivet.model import Transformer
 from trivet.tasks import make_task
 
 PROMPT_TOKENS = 4096  # of a problem, at most, where the model's context is longer
@@ -43,6 +45,17 @@ def evaluate_directory(
         print(json.dumps([json.loads(r.model_dump_json(exclude={"samples"})) for r in results], indent=1))
     else:
         _print(task.name, results)
+
+
+def drafter_of(text: str, model: Transformer, device: torch.device) -> Drafter:
+    """`ngram:4`, `mtp:2` or `DIRECTORY:4` as a drafter that guesses so many tokens ahead. Raises UserError."""
+    what, colon, number = text.rpartition(":")
+    if not colon or not number.isdigit() or int(number) < 1:
+        raise UserError(f"--guess {text!r} should read WHAT:TOKENS, for example ngram:4, mtp:2 or runs/small:4.")
+    ahead = int(number)
+    if what == "ngram":
+        return NGram(ahead)
+    return MTP(model, ahead) if what == "mtp" else Draft(load_any(Path(what), device).eval(), model, ahead)
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:
