@@ -98,15 +98,20 @@ def test_absorbed_equals_expanded(name: str) -> None:
     assert gap(mixer.absorbed(q_nope, q_rope, memory, layout), b) > 1e-4
 
 
-def test_one_cached_query_takes_the_absorbed_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    mixer, x = mixer_of(SPECS["yarn"]), torch.randn(2, 1, D)
+def test_the_form_with_less_work_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few cached queries are absorbed, many expanded; without a cache, always expanded."""
+    mixer = mixer_of(SPECS["plain"])
+    s = mixer.spec
+    most = s.kv_rank * (s.nope_dim + s.v_dim) // (2 * s.kv_rank - s.nope_dim - s.v_dim)
+    assert 1 < most < 40
     taken: list[str] = []
     for form in ("absorbed", "expanded"):
         original = getattr(mixer, form)
         monkeypatch.setattr(mixer, form, lambda *a, f=form, o=original: (taken.append(f), o(*a))[1])
-    cache = mixer.new_cache(2, 8, torch.float32, x.device)
+    cache = mixer.new_cache(2, 48, torch.float32, torch.device("cpu"))
     with torch.no_grad():
-        for width in (4, 1):
-            positions = torch.arange(width).expand(2, -1) + (0 if width == 4 else 4)
-            mixer(x.expand(-1, width, -1), Layout(positions, 2, width, x.device, span=5), cache)
-    assert taken == ["expanded", "absorbed"]
+        for width in (1, most, most + 1):
+            at = torch.arange(width).expand(2, -1)
+            mixer(torch.randn(2, width, D), Layout(at, 2, width, at.device, span=width), cache)
+        mixer(torch.randn(2, 1, D), Layout(None, 2, 1, at.device))
+    assert taken == ["absorbed", "absorbed", "expanded", "expanded"]

@@ -47,7 +47,7 @@ class LatentAttention(nn.Module):
         return LatentCache(self.spec, rows, slots, dtype, device)
 
     def forward(self, x: Tensor, layout: Layout, cache: LatentCache | None = None) -> Tensor:
-        """x [B,T,D] -> [B,T,D]; one query a row with a cache is absorbed, all else expanded."""
+        """x [B,T,D] -> [B,T,D]; a few queries a row with a cache are absorbed, all else expanded."""
         s = self.spec
         rotation = layout.rotation(s.rope)
         q = self.q_proj(x).unflatten(-1, (s.heads, s.qk_dim))  # [B,T,H,nope+rope]
@@ -59,7 +59,9 @@ class LatentAttention(nn.Module):
         if cache is not None:
             assert layout.positions is not None and layout.span is not None
             memory = cache.update(memory, layout.positions, layout.span)  # [B,S,C+rope]
-        form = self.absorbed if cache is not None and x.shape[1] == 1 else self.expanded
+        # For each remembered token expanding costs C (nope + v) a head once, absorbing C - nope + C - v more a query.
+        few = x.shape[1] * (2 * s.kv_rank - s.nope_dim - s.v_dim) <= s.kv_rank * (s.nope_dim + s.v_dim)
+        form = self.absorbed if cache is not None and layout.prompt is None and few else self.expanded
         y = form(q_nope, q_rope, memory, layout)  # [B,T,H,v]
         return self.o_proj(y.flatten(2))
 
