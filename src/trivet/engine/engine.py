@@ -193,8 +193,9 @@ class Engine:
         new.sort(key=lambda live: -live.known)  # neighbours are of a length; the order of equals stays
         first: dict[tuple[int, ...], Live] = {}
         for live in new:
+            fresh = live.known == len(live.request.prompt)  # nothing written yet
             rows.start(live)
-            if live.known == len(live.request.prompt) and not live.request.sampling.prompt_logprobs:
+            if fresh and not live.request.sampling.prompt_logprobs:
                 leader = first.setdefault(live.request.prompt, live)
                 if leader is not live:
                     leader.followers.append(live)
