@@ -3,6 +3,7 @@
     python benchmarks/engine.py turns                          # 10 turns, with and without the prefix store
     trivet run configs/guess.toml --out runs/guess             # a model with a prediction module, and a draft
     python benchmarks/engine.py guess --model runs/guess/target --draft runs/guess/draft
+    python benchmarks/engine.py weights --model runs/guess/target    # loss and speed with int8 and int4 weights
     python benchmarks/engine.py grammar                        # a JSON schema at batch 64
 
 Every comparison checks that both sides wrote the same tokens before it says how fast they were.
@@ -12,19 +13,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common import arguments, machine, seconds, take_turns, write
+from common import DTYPES, arguments, machine, seconds, take_turns, write
 from trivet.chat import Chat, tiny_chat
 from trivet.engine import PREFIX_BYTES, Engine, Request
 from trivet.engine.speculate import MTP, Draft, Drafter, NGram
 from trivet.hub.checkpoint import load_pair
 from trivet.messages import Completion, Grammar, Message, Sampling
 from trivet.model import Transformer
+from trivet.model.quant import quantise
 from trivet.spec import GQA, MLA, Lightning, ModelSpec, Rope, SwiGLU
 from trivet.tasks import make_task
 
@@ -122,6 +125,44 @@ def guess(args: argparse.Namespace, facts: dict[str, Any]) -> list[dict[str, Any
     return results
 
 
+# ----------------------------------------------------------------------------------------- weights
+def weights(args: argparse.Namespace, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Loss a token on worked examples that were held out, and decoding speed, by the type of the weights."""
+    task, results = make_task({"name": "chain", "min_steps": 2, "max_steps": 12}), []
+    models: dict[str, Transformer] = {}
+    for name, dtype, bits in (("fp32", "fp32", None), ("int8", "fp32", "int8"), ("bf16", "bf16", None),
+                              ("bf16, int8", "bf16", "int8"), ("bf16, int4", "bf16", "int4")):  # fmt: skip
+        model, chat = load_pair(args.model, args.device, DTYPES[dtype])
+        size = sum(p.nbytes for p in model.parameters())
+        models[name] = model.eval()
+        if bits is not None:
+            _, size = quantise(model, bits)  # type: ignore[arg-type]
+        total, count = 0.0, 0
+        for i in range(args.count * 8):
+            rendered = chat.render(task.demonstrate(task.problem("test", i, None)))
+            ids, mask = torch.tensor([rendered.ids], device=args.device), torch.tensor(rendered.mask[1:])
+            with torch.inference_mode():
+                logp = model.logits(model(ids)).float().log_softmax(-1)[0, :-1]
+            own = logp.gather(-1, ids[0, 1:, None]).squeeze(-1).cpu()[mask]
+            total, count = total - float(own.sum()), count + len(own)
+        results.append({"weights": name, "loss": total / count, "perplexity": math.exp(total / count), "bytes": size})
+    asked = [
+        Request(
+            tuple(range(20, 60)),
+            Sampling(temperature=0.0, max_tokens=args.new, thinking="off", logit_bias=((chat.end_id, -100.0),)),
+        )
+    ]
+    times = take_turns(
+        {n: (lambda m=m: Engine(m, chat, 1, 512).generate(asked)) for n, m in models.items()}, args.rounds, args.device
+    )
+    for r in results:
+        r["tokens_per_s"] = args.new / times[r["weights"]]
+        print(
+            f"{r['weights']:11} {r['bytes'] / 1e6:6.2f} MB  loss {r['loss']:.5f}  perplexity {r['perplexity']:.4f}  {r['tokens_per_s']:6.0f} tok/s at batch 1"
+        )
+    return results
+
+
 # ----------------------------------------------------------------------------------------- grammar
 def grammar(args: argparse.Namespace, facts: dict[str, Any]) -> list[dict[str, Any]]:
     """64 rows bound by a JSON schema against 64 free rows of as many tokens."""
@@ -157,7 +198,7 @@ def grammar(args: argparse.Namespace, facts: dict[str, Any]) -> list[dict[str, A
 
 def main() -> None:
     parser = arguments(__doc__ or "")
-    parser.add_argument("what", choices=["turns", "guess", "grammar"])
+    parser.add_argument("what", choices=["turns", "guess", "grammar", "weights"])
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--question", type=int, default=200, help="tokens a question")
     parser.add_argument("--new", type=int, default=32)
@@ -167,7 +208,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=32, help="requests")
     args = parser.parse_args()
     facts = machine(args)
-    results = {"turns": turns, "guess": guess, "grammar": grammar}[args.what](args, facts)
+    results = {"turns": turns, "guess": guess, "grammar": grammar, "weights": weights}[args.what](args, facts)
     write(args.out, {"benchmark": f"engine {args.what}", "machine": facts, "results": results})
 
 

@@ -46,6 +46,11 @@ DualChunk = Annotated[
     float | None, typer.Option("--dual-chunk", help="Stretch the context by this factor with dual chunk attention.")
 ]
 
+Weights = Annotated[
+    Literal["int8", "int4"] | None,
+    typer.Option("--weights", help="Keep matrices in 8 or 4 bits (int4 computes in bf16)."),
+]
+
 # A step of training, to `trivet plan`. What is not given is what the TOML's [train] says.
 Rows = Annotated[int | None, typer.Option(min=1, help="Rows of a device's microbatch. Default: the TOML's, or 1.")]
 Length = Annotated[int | None, typer.Option(min=1, help="Tokens of a row. Default: the TOML's, or --context.")]
@@ -116,15 +121,18 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     rope_yarn: RopeYarn = None,
     dual_chunk: DualChunk = None,
+    weights: Weights = None,
     device: Device = "auto",
 ) -> None:
     """Accuracy on held-out problems with 95% intervals, for one or more thinking budgets."""
     from trivet.messages import Sampling
+    from trivet.recipes.loading import Loading
     from trivet.recipes.verbs import evaluate_directory
 
     evaluate_directory(
         model, task, settings or [], _budgets(budgets, no_think), not no_tools, count,
-        Sampling(temperature=temperature, max_tokens=max_tokens), seed, as_json, _device(device), rope_yarn, dual_chunk,
+        Sampling(temperature=temperature, max_tokens=max_tokens), seed, as_json,
+        Loading(_device(device), rope_yarn, dual_chunk, weights),
     )  # fmt: skip
 
 
@@ -155,10 +163,12 @@ def chat(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     rope_yarn: RopeYarn = None,
     dual_chunk: DualChunk = None,
+    weights: Weights = None,
     device: Device = "auto",
 ) -> None:
     """Talk to a model in the terminal: thoughts dimmed, tool calls shown, tokens counted."""
     from trivet.messages import Sampling
+    from trivet.recipes.loading import Loading
     from trivet.recipes.terminal import converse
 
     sampling = Sampling(
@@ -166,7 +176,7 @@ def chat(
         min_thinking=min_thinking, seed=seed,
     )  # fmt: skip
     names = [name for name in tools.split(",") if name]
-    converse(model, sampling, names, fold, guess, _device(device), rope_yarn, dual_chunk)
+    converse(model, sampling, names, fold, guess, Loading(_device(device), rope_yarn, dual_chunk, weights))
 
 
 @app.command()

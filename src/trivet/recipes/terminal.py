@@ -13,17 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import torch
 from rich.console import Console
 
 from trivet.agent.loop import Episode, ModelStep, ToolStep, run_episode
 from trivet.chat import SOFT_SWITCH, Chat
 from trivet.config import UserError
 from trivet.engine import PREFIX_BYTES, Engine, EngineModel
-from trivet.hub.checkpoint import load_pair
 from trivet.messages import Message, Sampling
 from trivet.model import Transformer
 from trivet.model.lora import adapter_parameters
+from trivet.recipes.loading import Loading
 from trivet.recipes.verbs import drafter_of
 from trivet.tools import get_tool
 
@@ -36,18 +35,15 @@ def converse(
     tool_names: list[str],
     fold: bool,
     guess: str,
-    device: torch.device,
-    rope_yarn: float | None = None,
-    dual_chunk: float | None = None,
+    how: Loading,
 ) -> None:
     """Read lines, answer them. Raises UserError where the model or a tool can't be had."""
     console = Console(highlight=False)
-    model, chat = load_pair(directory, device, rope_yarn=rope_yarn, dual_chunk=dual_chunk)
-    model.eval()
+    model, chat = how.load(directory, console)
     tools = [get_tool(name) for name in tool_names]
-    drafter = drafter_of(guess, model, device) if guess else None
+    drafter = drafter_of(guess, model, how.device) if guess else None
     slots, thinking = model.spec.context_length, sampling.thinking
-    engine = Engine(model, chat, 1, slots, device, prefix_bytes=PREFIX_BYTES, drafter=drafter)
+    engine = Engine(model, chat, 1, slots, how.device, prefix_bytes=PREFIX_BYTES, drafter=drafter)
     once = chat.markers.single_turn
     _greet(directory, model, chat, console)
     history: list[Message] = []

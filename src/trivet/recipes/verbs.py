@@ -13,11 +13,12 @@ from rich.table import Table
 
 from trivet.config import UserError
 from trivet.engine.speculate import MTP, Draft, Drafter, NGram
-from trivet.hub.checkpoint import load_any, load_pair
+from trivet.hub.checkpoint import load_any
 from trivet.measure.evaluate import evaluate
 from trivet.measure.results import Budget, Result
 from trivet.messages import Sampling
 from trivet.model import Transformer
+from trivet.recipes.loading import Loading
 from trivet.tasks import make_task
 
 PROMPT_TOKENS = 4096  # of a problem, at most, where the model's context is longer
@@ -26,12 +27,11 @@ CACHE_BYTES = 4 * 10**9
 
 def evaluate_directory(
     directory: Path, task_name: str, settings: list[str], budgets: list[Budget], tools: bool, count: int,
-    sampling: Sampling, seed: int, as_json: bool, device: torch.device, rope_yarn: float | None = None,
-    dual_chunk: float | None = None,
+    sampling: Sampling, seed: int, as_json: bool, how: Loading,
 ) -> None:  # fmt: skip
     """Print one line a budget (or a JSON list). Problems are of the task's test split."""
     task = make_task({"name": task_name, **parse_settings(settings)})
-    model, chat = load_pair(directory, device, rope_yarn=rope_yarn, dual_chunk=dual_chunk)
+    model, chat = how.load(directory, Console(stderr=True))
     slots = min(model.spec.context_length, PROMPT_TOKENS + sampling.max_tokens)
     row_bytes = model.spec.cache_bytes_per_token(model.embed.element_size()) * slots + model.spec.state_bytes(4)
     rows = max(1, min(512, CACHE_BYTES // row_bytes))
