@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,8 @@ def weights(args: argparse.Namespace, facts: dict[str, Any]) -> list[dict[str, A
             _, size = quantise(model, bits)  # type: ignore[arg-type]
         total, count = 0.0, 0
         for i in range(args.count * 8):
-            rendered = chat.render(task.demonstrate(task.problem("test", i, None)))
+            problem = task.problem("test", i, None)
+            rendered = chat.render(task.demonstrate(problem, random.Random(i)).messages)
             ids, mask = torch.tensor([rendered.ids], device=args.device), torch.tensor(rendered.mask[1:])
             with torch.inference_mode():
                 logp = model.logits(model(ids)).float().log_softmax(-1)[0, :-1]
