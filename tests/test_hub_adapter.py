@@ -16,10 +16,11 @@ from test_hub_checkpoint import peer, tokens_of
 from test_hub_configs import CONFIGS
 from test_model_zoo import gap
 from trivet.config import UserError
-from trivet.hub.adapter import CONFIG, PREFIX, WEIGHTS, choose, family_of, modules, save_adapter
+from trivet.hub.adapter import PREFIX, WEIGHTS, choose, modules, save_adapter
+from trivet.hub.base import CONFIG, family_of
 from trivet.hub.checkpoint import load_any, load_checkpoint
 from trivet.model import Transformer
-from trivet.model.lora import LoRA, adapter_parameters, attach, merge
+from trivet.model.lora import LoRA, adapter_parameters, adapters, attach, merge
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:.*every dimension of a head is rotated")
@@ -72,21 +73,19 @@ def test_an_adapter_of_peft_is_read(family: str, tmp_path: Path) -> None:
     for logits in (want, got):
         F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     assert {n for n, p in ours.named_parameters() if p.grad is not None} == set(adapter_parameters(ours))
-    expected = [p.grad for n, p in theirs.named_parameters() if p.requires_grad and "qkv_proj" not in n]
-    mine = [
-        p.grad
-        for n, p in adapter_parameters(ours).items()
-        if "mixer" not in n or "qkv_proj" not in names(ours, tmp_path, n)
-    ]
-    total, same = (sum(float(g.square().sum()) for g in grads if g is not None) for grads in (expected, mine))
-    assert total > 0 and same == pytest.approx(total, rel=1e-3)
-
-
-def names(model: Transformer, folder: Path, name: str) -> str:
-    """What the module of one of our factors is called in the family."""
-    weight = name.replace(".lora.a", ".weight").replace(".lora.b", ".weight")
-    there = modules(model, family_of(folder / "base"))
-    return next((m for m, slots in there.items() if any(s.ours == weight for s in slots)), "")
+    expected = {
+        name.removeprefix(PREFIX).replace(".default", ""): p.grad
+        for name, p in theirs.named_parameters()
+        if p.requires_grad
+    }
+    mine, held = {}, adapters(ours)
+    for module, parts in modules(ours, family_of(tmp_path / "base")).items():
+        here = [held[slot.ours, slot.at] for slot in parts]  # where they are several, all read the same A
+        mine[f"{module}.lora_A.weight"] = torch.stack([adapter.a.grad for adapter in here]).sum(0)  # type: ignore[misc]
+        mine[f"{module}.lora_B.weight"] = torch.cat([adapter.b.grad for adapter in here])  # type: ignore[misc]
+    assert mine.keys() == expected.keys()
+    for name, gradient in mine.items():
+        assert 0 < float(gradient.norm()) == pytest.approx(float(expected[name].norm()), rel=1e-3), name
 
 
 @pytest.mark.parametrize(
