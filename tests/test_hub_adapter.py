@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,30 @@ def test_targets_are_the_familys_names(tmp_path: Path) -> None:
         UserError, match=r"no projection of this model is called 'k_proj'; there are .*kv_b_proj.*Routed experts"
     ):
         choose(model, there, LoRA(targets=("k_proj",)))
+
+
+def test_matrices_that_are_stored_as_one_are_adapted_as_one(tmp_path: Path) -> None:
+    """Qwen3-Next's in_proj_qkvz and in_proj_ba, and q_proj with its gate: four and twice two of ours."""
+    peer("qwen3_next", 0, tmp_path / "base")
+    model, there = load_checkpoint(tmp_path / "base"), family_of(tmp_path / "base")
+    chosen = choose(model, there, LoRA(rank=3, targets=("in_proj_qkvz", "in_proj_ba", "q_proj")))
+    assert Counter(name.split(".")[3] for name, _ in chosen if ".0." in name) == dict.fromkeys(
+        ("q_proj", "k_proj", "v_proj", "gate", "beta_proj", "decay_proj"), 1
+    )
+    attach(model, chosen)
+    (tmp_path / "adapter").mkdir()
+    save_adapter(model, tmp_path / "adapter", tmp_path / "base", there)
+    tensors = load_file(tmp_path / "adapter" / WEIGHTS)
+    ranks = {name.split(".")[-3]: len(t) for name, t in tensors.items() if "lora_A" in name}
+    assert ranks == {"in_proj_qkvz": 12, "in_proj_ba": 6, "q_proj": 6}
+    name = f"{PREFIX}model.layers.0.linear_attn.in_proj_qkvz.lora_B.weight"
+    save_file(tensors | {name: tensors[name][:-2]}, tmp_path / "adapter" / WEIGHTS)
+    with pytest.raises(UserError, match=r"in_proj_qkvz' has shapes .*; this base and a rank of 12 need"):
+        load_any(tmp_path / "adapter")
+    conv = f"{PREFIX}model.layers.0.linear_attn.conv1d.lora_A.weight"
+    save_file(tensors | {conv: torch.ones(3, 5)}, tmp_path / "adapter" / WEIGHTS)
+    with pytest.raises(UserError, match="conv1d.lora_A.weight' adapts nothing that can be adapted"):
+        load_any(tmp_path / "adapter")
 
 
 # ------------------------------------------------------------------------------------------ what is wrong
