@@ -32,6 +32,7 @@ TEXTS = sorted(
     )
     for path in ROOT.glob(pattern)
     if path.is_file() and path.suffix not in (".pyc", ".png", ".gif", ".safetensors")
+    if path.name != ".git"  # a file in a worktree, and not ours
 )
 
 FILE_SOFT, FILE_HARD = 400, 500

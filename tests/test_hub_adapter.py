@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from test_hub_checkpoint import peer, tokens_of
 from test_hub_configs import CONFIGS
 from test_model_zoo import gap
 from trivet.config import UserError
-from trivet.hub.adapter import CONFIG, PREFIX, WEIGHTS, choose, family_of, modules, save_adapter
+from trivet.hub.adapter import PREFIX, WEIGHTS, choose, modules, save_adapter
+from trivet.hub.base import CONFIG, family_of
 from trivet.hub.checkpoint import load_any, load_checkpoint
 from trivet.model import Transformer
-from trivet.model.lora import LoRA, adapter_parameters, attach, merge
+from trivet.model.lora import LoRA, adapter_parameters, adapters, attach, merge
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:.*every dimension of a head is rotated")
@@ -72,21 +74,19 @@ def test_an_adapter_of_peft_is_read(family: str, tmp_path: Path) -> None:
     for logits in (want, got):
         F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     assert {n for n, p in ours.named_parameters() if p.grad is not None} == set(adapter_parameters(ours))
-    expected = [p.grad for n, p in theirs.named_parameters() if p.requires_grad and "qkv_proj" not in n]
-    mine = [
-        p.grad
-        for n, p in adapter_parameters(ours).items()
-        if "mixer" not in n or "qkv_proj" not in names(ours, tmp_path, n)
-    ]
-    total, same = (sum(float(g.square().sum()) for g in grads if g is not None) for grads in (expected, mine))
-    assert total > 0 and same == pytest.approx(total, rel=1e-3)
-
-
-def names(model: Transformer, folder: Path, name: str) -> str:
-    """What the module of one of our factors is called in the family."""
-    weight = name.replace(".lora.a", ".weight").replace(".lora.b", ".weight")
-    there = modules(model, family_of(folder / "base"))
-    return next((m for m, slots in there.items() if any(s.ours == weight for s in slots)), "")
+    expected = {
+        name.removeprefix(PREFIX).replace(".default", ""): p.grad
+        for name, p in theirs.named_parameters()
+        if p.requires_grad
+    }
+    mine, held = {}, adapters(ours)
+    for module, parts in modules(ours, family_of(tmp_path / "base")).items():
+        here = [held[slot.ours, slot.at] for slot in parts]  # where they are several, all read the same A
+        mine[f"{module}.lora_A.weight"] = torch.stack([adapter.a.grad for adapter in here]).sum(0)  # type: ignore[misc]
+        mine[f"{module}.lora_B.weight"] = torch.cat([adapter.b.grad for adapter in here])  # type: ignore[misc]
+    assert mine.keys() == expected.keys()
+    for name, gradient in mine.items():
+        assert 0 < float(gradient.norm()) == pytest.approx(float(expected[name].norm()), rel=1e-3), name
 
 
 @pytest.mark.parametrize(
@@ -162,6 +162,30 @@ def test_targets_are_the_familys_names(tmp_path: Path) -> None:
         UserError, match=r"no projection of this model is called 'k_proj'; there are .*kv_b_proj.*Routed experts"
     ):
         choose(model, there, LoRA(targets=("k_proj",)))
+
+
+def test_matrices_that_are_stored_as_one_are_adapted_as_one(tmp_path: Path) -> None:
+    """Qwen3-Next's in_proj_qkvz and in_proj_ba, and q_proj with its gate: four and twice two of ours."""
+    peer("qwen3_next", 0, tmp_path / "base")
+    model, there = load_checkpoint(tmp_path / "base"), family_of(tmp_path / "base")
+    chosen = choose(model, there, LoRA(rank=3, targets=("in_proj_qkvz", "in_proj_ba", "q_proj")))
+    assert Counter(name.split(".")[3] for name, _ in chosen if ".0." in name) == dict.fromkeys(
+        ("q_proj", "k_proj", "v_proj", "gate", "beta_proj", "decay_proj"), 1
+    )
+    attach(model, chosen)
+    (tmp_path / "adapter").mkdir()
+    save_adapter(model, tmp_path / "adapter", tmp_path / "base", there)
+    tensors = load_file(tmp_path / "adapter" / WEIGHTS)
+    ranks = {name.split(".")[-3]: len(t) for name, t in tensors.items() if "lora_A" in name}
+    assert ranks == {"in_proj_qkvz": 12, "in_proj_ba": 6, "q_proj": 6}
+    name = f"{PREFIX}model.layers.0.linear_attn.in_proj_qkvz.lora_B.weight"
+    save_file(tensors | {name: tensors[name][:-2]}, tmp_path / "adapter" / WEIGHTS)
+    with pytest.raises(UserError, match=r"in_proj_qkvz' has shapes .*; this base and a rank of 12 need"):
+        load_any(tmp_path / "adapter")
+    conv = f"{PREFIX}model.layers.0.linear_attn.conv1d.lora_A.weight"
+    save_file(tensors | {conv: torch.ones(3, 5)}, tmp_path / "adapter" / WEIGHTS)
+    with pytest.raises(UserError, match="conv1d.lora_A.weight' adapts nothing that can be adapted"):
+        load_any(tmp_path / "adapter")
 
 
 # ------------------------------------------------------------------------------------------ what is wrong

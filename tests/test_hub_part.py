@@ -149,6 +149,14 @@ def test_numbers_as_a_person_writes_them() -> None:
             parse_numbers(text, "--layers")
 
 
+def test_a_part_of_an_adapter_is_refused(tmp_path: Path) -> None:
+    from trivet.hub.checkpoint import load_any
+
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="export this adapter merged, then a part of it"):
+        load_any(tmp_path, layers=1)
+
+
 def test_a_model_of_our_own_has_no_parts(tmp_path: Path) -> None:
     from trivet.hub.checkpoint import load_any
 

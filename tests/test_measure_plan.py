@@ -251,6 +251,23 @@ def test_names_directories_and_files_side_by_side(
     assert code == 0 and all(name in out for name in known_names())
 
 
+def test_an_adapter_is_priced_as_its_base(tmp_path: Path) -> None:
+    config = {"model_type": "qwen3", "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64,
+              "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
+    for name in ("base", "adapter"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "base")}))
+    base, found = (find_model(str(tmp_path / name)) for name in ("base", "adapter"))
+    assert found.spec == base.spec and not base.notes
+    note = price("adapter", found, Question())["notes"][0]
+    assert "this is an adapter; what is priced is its base" in note and str(tmp_path / "base") in note
+    path.write_text("{}")
+    with pytest.raises(UserError, match="is no directory here: write the path of that model into"):
+        find_model(str(tmp_path / "adapter"))
+
+
 def test_a_plot_is_written(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     code, _, _ = call(monkeypatch, capsys, "plan", "qwen3-8b", "deepseek-v3", "--plot", str(tmp_path / "plan.svg"))

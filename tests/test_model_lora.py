@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from test_model_zoo import PATTERNS, gap, noisy, spec_of
+from test_model_zoo import PATTERNS, gap, noisy, spec_of, tokens_of
 from test_train_trainer import CONFIG, Counting, busy_model
 from trivet.config import UserError
-from trivet.model import Transformer
+from trivet.model import Transformer, mla
 from trivet.model.lora import (
     Place,
     Size,
@@ -25,6 +25,8 @@ from trivet.model.lora import (
     places,
     training_flops_per_token,
 )
+from trivet.model.prefill import prefill
+from trivet.spec import with_yarn
 from trivet.train.trainer import train
 
 
@@ -76,6 +78,27 @@ def test_every_form_computes_the_sum_of_both_matrices(pattern: str, rslora: bool
         assert gap(other.logits(other(tokens)), want) > 1e-3  # the twin: the other scale
     merge(model)
     assert all(torch.allclose(t, same.state_dict()[n], atol=1e-6) for n, t in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_a_prompt_in_pieces_a_few_heads_at_a_time_is_adapted_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mla, "EXPANDED", 500)
+    spec = spec_of("mla/dense mla_q/dense delta/dense out_gate/dense")
+    model, plain, tokens = adapted(noisy(spec), Size(3, 2.0, False)), noisy(spec), tokens_of(2, 23)
+    want = model(tokens)[:, -1]
+    assert gap(prefill(model, tokens, model.new_caches(2, 23), 7).hidden, want) < 1e-5
+    assert gap(prefill(plain, tokens, plain.new_caches(2, 23), 7).hidden, want) > 1e-2  # the twin: no adapters
+
+
+@torch.no_grad()
+def test_adapters_go_along_when_a_model_is_stretched() -> None:
+    spec = spec_of("mla/dense gqa/moe")
+    model, tokens = adapted(noisy(spec), Size(3, 2.0, False)), tokens_of(2, 23)
+    longer, _ = with_yarn(spec, 2)
+    merged = adapted(noisy(spec), Size(3, 2.0, False))
+    merge(merged)
+    want = merged.with_spec(longer)(tokens)
+    assert gap(model.with_spec(longer)(tokens), want) < 2e-5 < 1e-2 < gap(model(tokens), want)
 
 
 def test_a_new_adapter_changes_nothing_and_follows_its_seed() -> None:

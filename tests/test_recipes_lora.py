@@ -134,13 +134,23 @@ def test_from_an_adapter_the_whole_model_can_be_trained(shop: Shop) -> None:
         "export", str(shop.folder / "c"), "--adapter", "--like", str(shop.base), "--out", str(shop.folder / "d")
     )
     assert code == 1 and "was trained on other weights than" in err  # the twin of the export above
-    for name in "bc":  # the base of c is b
-        code, _, err = shop("export", str(shop.folder / name), "--out", str(shop.folder / "d"))
-        assert code == 1 and f"{shop.folder / 'b'} has no family's format: give --like" in err
-    code, _, err = shop("export", str(shop.folder / "c"), "--like", str(shop.base), "--out", str(shop.folder / "d"))
-    assert code == 0, err
-    again = transformers.AutoModelForCausalLM.from_pretrained(shop.folder / "d", dtype=torch.float32)
-    torch.testing.assert_close(logits(again), logits(load_any(shop.folder / "c")), rtol=1e-4, atol=1e-4)
+    code, _, err = shop("export", str(shop.folder / "c"), "--adapter", "--out", str(shop.folder / "d"))
+    assert code == 1 and f"{shop.folder / 'b'} has no family's format: give --like" in err  # the base of c is b
+    (shop.folder / "c" / "tokenizer.json").unlink()  # an adapter of peft's has none: the base's is taken
+    for name, how in {"d": ("--like", str(shop.base)), "e": (), "f": ("--family", "llama")}.items():
+        code, _, err = shop("export", str(shop.folder / "c"), *how, "--out", str(shop.folder / name))
+        assert code == 0, err
+        assert (shop.folder / name / "tokenizer.json").is_file()
+        again = transformers.AutoModelForCausalLM.from_pretrained(shop.folder / name, dtype=torch.float32)
+        torch.testing.assert_close(logits(again), logits(load_any(shop.folder / "c")), rtol=1e-4, atol=1e-4)
+    for how, says in (
+        (("--family", "mixtral"), "mixtral"),
+        (("--like", str(shop.folder / "b")), "model_type 'trivet' is"),
+    ):
+        code, _, err = shop("export", str(shop.folder / "c"), *how, "--out", str(shop.folder / "g"))
+        assert code == 1 and says in err, err
+    base = transformers.AutoModelForCausalLM.from_pretrained(shop.base, dtype=torch.float32)
+    assert (logits(again) - logits(base)).abs().max() > 1e-2  # the twin: without what c learned
 
 
 def test_mistakes_get_one_sentence(shop: Shop) -> None:

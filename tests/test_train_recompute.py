@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from test_model_lora import adapted
 from test_model_zoo import PATTERNS, noisy, spec_of, tokens_of
 from test_rl_learner import CHAT, Digits, config, make
 from trivet.model import Transformer, transformer
+from trivet.model.lora import Size
 from trivet.rl.learner import TIMES, learn
 from trivet.train.data import Batch, Document, lay_out
 from trivet.train.trainer import Precision, StepSums, backward
@@ -23,15 +25,19 @@ def batches() -> list[Batch]:
     return [lay_out([documents[:3], documents[3:4]], 25), lay_out([documents[4:5], documents[5:]], 25)]
 
 
-def step(pattern: str, recompute: bool, precision: Precision = "fp32") -> tuple[dict[str, Tensor | None], StepSums]:
+def step(
+    pattern: str, recompute: bool, precision: Precision = "fp32", lora: bool = False
+) -> tuple[dict[str, Tensor | None], StepSums]:
     model = noisy(spec_of(pattern, mtp=1))
+    if lora:
+        adapted(model, Size(3, 2.0, False))
     sums = backward(model, batches(), 0.3, precision, recompute)
-    return {name: p.grad for name, p in model.named_parameters()}, sums
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}, sums
 
 
-def check_equal(pattern: str, precision: Precision = "fp32") -> None:
-    plain, sums = step(pattern, False, precision)
-    again, same = step(pattern, True, precision)
+def check_equal(pattern: str, precision: Precision = "fp32", lora: bool = False) -> None:
+    plain, sums = step(pattern, False, precision, lora)
+    again, same = step(pattern, True, precision, lora)
     assert all(grad is not None and bool(grad.any()) for name, grad in plain.items() if not name.endswith("bias"))
     for name, grad in plain.items():
         assert grad is not None
@@ -44,6 +50,12 @@ def check_equal(pattern: str, precision: Precision = "fp32") -> None:
 def test_gradients_are_equal_to_the_bit(pattern: str) -> None:
     check_equal(pattern)
     check_equal(pattern, "bf16")
+
+
+@pytest.mark.parametrize("name", ["hybrid", "gated"])
+def test_gradients_of_adapters_are_equal_to_the_bit(name: str) -> None:
+    check_equal(PATTERNS[name], lora=True)
+    check_equal(PATTERNS[name], "bf16", lora=True)
 
 
 def test_a_layer_that_is_not_the_same_twice_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

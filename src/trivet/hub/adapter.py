@@ -3,8 +3,8 @@
     base_model.model.<module>.lora_A.weight [r,in]    base_model.model.<module>.lora_B.weight [out,r]
 
 Modules have the names of the base's family (`names.py`). Where several of our matrices are one of theirs
-(lightning attention's qkv_proj), their adapter holds ours side by side: A on top of each other, B in blocks,
-with as many times the rank and the same scale. An adapter of ours also says on which weights it was trained
+(lightning attention's qkv_proj, Qwen3-Next's in_proj_qkvz, in_proj_ba and its q_proj with the gate), their adapter
+holds ours side by side: A on top of each other, B in blocks, with as many times the rank and the same scale. An adapter of ours also says on which weights it was trained
 (`fingerprint`), and is refused on others.
 
 In families with experts only attention is adapted: there PEFT takes gate_proj, up_proj and down_proj, wherever
@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trivet.config import UserError, nearest
+from trivet.hub.base import CONFIG, read_adapter_config
 from trivet.hub.names import FAMILY_NAMES, Names, Slot, slots
 from trivet.model import Transformer
 from trivet.model.io import save_tensors
@@ -33,7 +34,7 @@ from trivet.model.layers import Adapter
 from trivet.model.lora import LoRA, Place, Size, adapters, attach, fingerprint, places
 from trivet.spec import MoE
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 READ = (
     "peft_type",
@@ -51,34 +52,6 @@ HARMLESS = (
     "peft_version", "revision", "task_type", "runtime_config", "megatron_core", "qalora_group_size",
 )  # fmt: skip
 NEUTRAL: dict[str, tuple[Any, ...]] = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal")}
-
-
-def is_adapter(directory: Path) -> bool:
-    return (Path(directory) / CONFIG).is_file()
-
-
-def base_of(directory: Path) -> Path:
-    """The model that a directory's adapter belongs to; the directory itself if it holds a model."""
-    if not is_adapter(directory):
-        return Path(directory)
-    path = Path(directory) / CONFIG
-    named = _read_config(path).get("base_model_name_or_path")
-    if not isinstance(named, str) or not Path(named).is_dir():
-        raise UserError(
-            f"{directory} is an adapter for {named!r}, which is no directory here: write the path of that model into "
-            f"base_model_name_or_path of {path}."
-        )
-    if is_adapter(Path(named)):
-        raise UserError(f"{directory} is an adapter for {named!r}, which is an adapter itself: merge that one first.")
-    return Path(named)
-
-
-def family_of(base: Path) -> str:
-    """The model_type of a model directory: how its modules are called."""
-    try:
-        return str(json.loads((base / "config.json").read_text()).get("model_type"))
-    except (OSError, ValueError, AttributeError):
-        return ""  # whoever loads the model says what is wrong with it
 
 
 # -------------------------------------------------------------------------------------------- choosing
@@ -179,22 +152,17 @@ def _joined(parts: Sequence[Slot], held: Sequence[Adapter]) -> tuple[Tensor, Ten
     """(A, B) of one of their modules, of our adapters of its parts."""
     if len(held) == 1:
         return held[0].a, held[0].b
-    rank, n = held[0].rank, len(held)
-    heads, rows = parts[0].view[0], len(held[0].b)
-    b = held[0].b.new_zeros(heads, n, rows // heads, n * rank)
-    for slot, adapter in zip(parts, held, strict=True):
-        assert slot.pick is not None
-        columns = slice(slot.pick * rank, (slot.pick + 1) * rank)
-        b[:, slot.pick, :, columns] = adapter.b.detach().unflatten(0, (heads, -1))
-    ordered = sorted(zip(parts, held, strict=True), key=lambda pair: pair[0].pick or 0)
-    return torch.cat([adapter.a.detach() for _, adapter in ordered]), b.flatten(0, 2)
+    groups = parts[0].groups
+    b = [adapter.b.detach().unflatten(0, (groups, -1)).mT for adapter in held]  # [groups,r,rows of one part]
+    blocks = torch.stack([torch.block_diag(*group) for group in zip(*b, strict=True)])  # [groups,n*r,rows]
+    return torch.cat([adapter.a.detach() for adapter in held]), blocks.mT.flatten(0, 1)
 
 
 # --------------------------------------------------------------------------------------------- reading
 def load_adapter(model: Transformer, directory: Path, family: str) -> None:
     """Give a base model the adapter in a directory. Raises UserError for what would not be computed."""
     path = Path(directory) / CONFIG
-    config = _read_config(path)
+    config = read_adapter_config(path)
     _check_config(path, config)
     tensors, trained_on = _read_tensors(Path(directory) / WEIGHTS)
     if trained_on is not None and trained_on != fingerprint(model):
@@ -233,19 +201,22 @@ def _parts(
     """One of their adapters as ours: the inverse of `_joined`, or A as it is for each part if PEFT trained it."""
     if len(slots_here) == 1:
         return {(slots_here[0].ours, slots_here[0].at): (size, a, b)}
-    n, heads = len(slots_here), slots_here[0].view[0]
-    if len(b) % (heads * n) or b.shape[1] != size.rank or len(a) != size.rank:
-        raise UserError(f"{where} has shapes {tuple(a.shape)} and {tuple(b.shape)}, which do not fit {heads} heads.")
-    rows = b.unflatten(0, (heads, n, -1))  # [heads,n,rows,r]
+    n, groups, sizes = len(slots_here), slots_here[0].groups, slots_here[0].sizes
+    if len(b) != groups * sum(sizes) or b.shape[1] != size.rank or len(a) != size.rank:
+        raise UserError(
+            f"{where} has shapes {tuple(a.shape)} and {tuple(b.shape)}; this base and a rank of {size.rank} need "
+            f"{(size.rank, a.shape[1])} and {(groups * sum(sizes), size.rank)}."
+        )
+    rows = b.unflatten(0, (groups, -1)).split(sizes, 1)  # of each part [groups,rows,r]
     if size.rank % n == 0:
-        blocks = rows.unflatten(-1, (n, -1))  # [heads,n,rows,n,r/n]
-        if all(not blocks[:, i, :, j].any() for i in range(n) for j in range(n) if i != j):
+        blocks = [part.unflatten(-1, (n, -1)) for part in rows]  # [groups,rows,n,r/n]
+        if all(not blocks[i][:, :, j].any() for i in range(n) for j in range(n) if i != j):
             share = Size(size.rank // n, size.alpha / (math.sqrt(n) if size.rslora else n), size.rslora)
+            each = a.unflatten(0, (n, -1))
             return {
-                (s.ours, s.at): (share, a.unflatten(0, (n, -1))[s.pick], blocks[:, s.pick, :, s.pick].flatten(0, 1))
-                for s in slots_here
+                (s.ours, s.at): (share, each[s.pick], blocks[s.pick][:, :, s.pick].flatten(0, 1)) for s in slots_here
             }
-    return {(s.ours, s.at): (size, a, rows[:, s.pick].flatten(0, 1)) for s in slots_here}
+    return {(s.ours, s.at): (size, a, rows[s.pick].flatten(0, 1)) for s in slots_here}
 
 
 def _size(config: Mapping[str, Any], module: str) -> Size:
@@ -266,16 +237,6 @@ def _asked_for(config: Mapping[str, Any], module: str) -> bool:
     if isinstance(targets, str):
         return re.fullmatch(targets, module) is not None
     return any(_matches(module, target) for target in targets)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} can't be read: {e}.") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is no adapter_config.json: it holds a {type(config).__name__}, not an object.")
-    return config
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:

@@ -23,7 +23,8 @@ from torch import Tensor
 from trivet.chat import Chat
 from trivet.config import UserError
 from trivet.hub import read_config_file
-from trivet.hub.adapter import base_of, family_of, is_adapter, load_adapter
+from trivet.hub.adapter import load_adapter
+from trivet.hub.base import base_of, family_of, is_adapter
 from trivet.hub.names import FAMILY_NAMES, Names, Slot, shared_copies, slots
 from trivet.hub.part import Numbers, cut
 from trivet.model import Transformer
@@ -128,8 +129,10 @@ def load_any(
 ) -> Transformer:
     """A model of Trivet's own, a checkpoint of a known family (or a part of one), or an adapter of either, on its base."""
     if is_adapter(directory):
+        if layers is not None or experts is not None:
+            raise UserError(f"{directory}: parts are taken of a whole checkpoint; export this adapter merged, then a part of it.")  # fmt: skip
         base = base_of(directory)
-        model = load_any(base, device, dtype, layers, experts)
+        model = load_any(base, device, dtype)
         load_adapter(model, directory, family_of(base))
         return model
     if is_family(directory):

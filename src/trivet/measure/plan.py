@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -19,6 +20,7 @@ from pydantic import Field
 
 from trivet.config import UserError, nearest, read_toml, validate
 from trivet.hub import Described, known_model, known_names, read_config_file
+from trivet.hub.base import base_of, is_adapter
 from trivet.measure.memory import Setting, training_memory
 from trivet.spec import Frozen, ModelSpec
 
@@ -169,11 +171,17 @@ def on_device(spec: ModelSpec, name: str, ask: Question, setting: Setting) -> di
 
 # -------------------------------------------------------------------------------------------- models
 def find_model(name: str) -> Described:
-    """A model by its name, its directory, its config.json, or the TOML of a run that makes it.
+    """A model by its name, its directory (or an adapter's on it), its config.json, or the TOML of a run that makes it.
 
     Raises UserError where there is none, or where its maker has published no architecture.
     """
     path = Path(name)
+    if path.is_dir() and is_adapter(path):
+        base = base_of(path)
+        found = find_model(str(base))
+        return replace(
+            found, notes=(f"this is an adapter; what is priced is its base, {base}, without it", *found.notes)
+        )
     if path.is_dir():
         path = path / "config.json"
         if not path.is_file():

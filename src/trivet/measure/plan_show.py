@@ -129,6 +129,7 @@ def measure_models(names: list[str], ask: Question, device: str, as_json: bool) 
         label = Path(name).name or name
         with Console(stderr=True).status(f"measuring {label}: about a minute"):
             row = try_out(label, model.spec, setting, device)
+        row["notes"] = list(model.notes)
         rows.append(row)
         if as_json:
             continue
@@ -142,6 +143,7 @@ def measure_models(names: list[str], ask: Question, device: str, as_json: bool) 
         console.print(table)
         cut = "Scaled down to fit: " + "; ".join(row["changes"]) + "." if row["changes"] else "The whole model."
         notes = [
+            *row["notes"],
             said + ". " + cut,
             f"This machine: {show(row['flops'], 'flops')}/s in a large product, {show(row['bytes_per_second'], 'bytes')}/s read.",
         ]

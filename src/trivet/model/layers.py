@@ -47,6 +47,9 @@ class RMSNorm(nn.Module):
 Norms = Callable[[int], RMSNorm]  # width -> a norm in the style of the model
 
 
+ALL = slice(None)
+
+
 class Adapter(nn.Module):
     """LoRA's addition to a matrix: x [..., in] -> scale B A x [..., out]. See lora.py, which attaches it."""
 
@@ -58,8 +61,8 @@ class Adapter(nn.Module):
         self.a = nn.Parameter(weight.new_empty(rank, d_in))
         self.b = nn.Parameter(weight.new_zeros(d_out, rank))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.a) * self.scale, self.b)
+    def forward(self, x: Tensor, rows: slice = ALL) -> Tensor:
+        return F.linear(F.linear(x, self.a) * self.scale, self.b[rows])
 
     def delta(self) -> Tensor:
         """[out,in] what it adds to its matrix."""
@@ -79,6 +82,11 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
         return y if self.lora is None else y + self.lora(x)
+
+    def some(self, x: Tensor, rows: slice) -> Tensor:
+        """Some of the numbers [..., rows] that `forward` computes, for those who can't hold all at once."""
+        y = F.linear(x, self.weight[rows], None if self.bias is None else self.bias[rows])
+        return y if self.lora is None else y + self.lora(x, rows)
 
     def matrix(self) -> Tensor:
         """[out,in] the matrix that `forward` applies, for those who multiply by it in another order."""

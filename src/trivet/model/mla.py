@@ -15,7 +15,6 @@ are never formed. m is YaRN's temperature and 1 without it.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trivet.model.attention import attend, attend_documents
@@ -72,12 +71,13 @@ class LatentAttention(nn.Module):
         """
         s = self.spec
         latent, k_rope = memory.split((s.kv_rank, s.rope.dims), -1)
-        up = self.kv_up.weight.view(s.heads, s.nope_dim + s.v_dim, s.kv_rank)  # [H,nope+v,C]
+        width = s.nope_dim + s.v_dim
         q = torch.cat((q_nope, q_rope), -1)
         some = s.heads if layout.prompt is None else max(1, EXPANDED // (memory[..., 0].numel() * (s.qk_dim + s.v_dim)))
         done = []
         for part in (slice(i, i + some) for i in range(0, s.heads, some)):
-            kv = F.linear(latent, up[part].flatten(0, 1)).unflatten(-1, (-1, s.nope_dim + s.v_dim))  # [B,S,H,nope+v]
+            rows = slice(part.start * width, part.stop * width)
+            kv = self.kv_up.some(latent, rows).unflatten(-1, (-1, width))  # [B,S,H,nope+v]
             k_nope, v = kv.split((s.nope_dim, s.v_dim), -1)
             k = torch.cat((k_nope, k_rope.unsqueeze(2).expand(-1, -1, k_nope.shape[2], -1)), -1)
             done.append(attend_documents(q[:, :, part], k, v, layout, self.scale))

@@ -139,6 +139,9 @@ class Transformer(nn.Module):
         """This model's tensors under another spec of the same shapes, e.g. with other positions. Nothing is copied."""
         with torch.device("meta"):
             other = Transformer(spec, seed=None)
+        for name, module in self.named_modules():
+            if isinstance(module, Linear | DenseFFN):  # where adapters are
+                other.get_submodule(name).lora = module.lora  # type: ignore[assignment]
         other.load_state_dict(self.state_dict(), assign=True)
         return other.to(self.embed.device).train(self.training)
 

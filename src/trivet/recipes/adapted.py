@@ -10,7 +10,8 @@ from pathlib import Path
 from trivet.chat import Chat
 from trivet.config import UserError
 from trivet.disk import atomic_dir
-from trivet.hub.adapter import CONFIG, base_of, choose, family_of, is_adapter, save_adapter
+from trivet.hub.adapter import choose, save_adapter
+from trivet.hub.base import CONFIG, base_of, family_of, is_adapter
 from trivet.model import Transformer, save_model
 from trivet.model.lora import LoRA, Size, adapter_parameters, adapters, attach, merge
 

@@ -17,7 +17,8 @@ from trivet.chat.exported import tokenizer_files
 from trivet.config import UserError
 from trivet.disk import atomic_dir
 from trivet.hub import Described, read_config_file
-from trivet.hub.adapter import base_of, family_of, is_adapter, save_adapter
+from trivet.hub.adapter import save_adapter
+from trivet.hub.base import base_of, family_of, is_adapter
 from trivet.hub.checkpoint import Shards, account_for, is_family, load_any, save_checkpoint
 from trivet.hub.pairs import in_pairs, spec_in_pairs
 from trivet.hub.part import cut, parse_numbers
@@ -50,20 +51,17 @@ def export(
         raise UserError(f"{out} exists already; give another --out or remove it.")
     if like is not None and family is not None:
         raise UserError("--like takes the family from that checkpoint; leave --family out.")
-    like = like or (base_of(directory) if is_adapter(directory) else None)
-    if like is not None and not is_family(like):
-        like = None  # an adapter of a model of our own
+    base = base_of(directory)  # the directory itself where it is no adapter
     kept = None if layers is None else parse_numbers(layers, "--layers")
     chosen = None if experts is None else parse_numbers(experts, "--experts")
-    source = like or (directory if is_family(directory) else None)
-    described = None if source is None else read_config_file(source / "config.json")
-    if described is None:
-        write_config(
-            spec_in_pairs(load_spec(directory)), family
-        )  # what can't be said is better known before weights are read
-        files, ids = _own_tokenizer(Chat.load(directory))
+    source = like or (base if is_family(base) else None)
+    if source is None:
+        described = None
+        write_config(spec_in_pairs(load_spec(base)), family)  # better known before weights are read
+        files, ids = _own_tokenizer(Chat.load(directory if (directory / "tokenizer.json").is_file() else base))
     else:
-        files, ids = _copied(source or directory), {key: described.config.get(key) for key in IDS}
+        described = read_config_file(source / "config.json")
+        files, ids = _copied(source), {key: described.config.get(key) for key in IDS}
     model = load_any(directory, "cpu", DTYPES[dtype], kept, chosen)
     merge(model)
     beside = None
@@ -74,7 +72,7 @@ def export(
         expected, _ = cut(described.spec, kept, chosen, str(source))
         config = _like(model.spec, expected, described, f"{directory} is no model of {source}'s shape")
         if layers is None and experts is None:
-            beside = Shards(source or directory)
+            beside = Shards(source or base)
             account_for(beside, described.spec, described.family)
     for key in ("torch_dtype", "quantization_config"):
         config.pop(key, None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from torch import Tensor
 from torch.func import functional_call
 
@@ -22,9 +23,19 @@ class Reference:
         self.adapters = {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
         self.model = model if self.adapters else copy.deepcopy(model).requires_grad_(False)
 
-    def __call__(self, tokens: Tensor, positions: Tensor | None = None, routing: Routing | None = None) -> Tensor:
-        """tokens [B,T] -> hidden [B,T,D], as `Transformer.forward` in training."""
-        hidden: Tensor = functional_call(self.model, self.adapters, (tokens, positions), {"routing": routing})
+    def __call__(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        routing: Routing | None = None,
+        recompute: bool = False,
+    ) -> Tensor:
+        """tokens [B,T] -> hidden [B,T,D], as `Transformer.forward` in training, but not to be differentiated.
+
+        So there is nothing to compute again: with `recompute` it is what it is without.
+        """
+        with torch.no_grad():
+            hidden: Tensor = functional_call(self.model, self.adapters, (tokens, positions), {"routing": routing})
         return hidden
 
     @property
