@@ -23,10 +23,10 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 
 from trivet.config import UserError
-from trivet.spec import GQA, MLA, DualResidual, Frozen, LayerSpec, Lightning, ModelSpec, MoE, SwiGLU
+from trivet.spec import GQA, MLA, DualResidual, Frozen, GatedDeltaNet, LayerSpec, Lightning, ModelSpec, MoE, SwiGLU
 
 FP32 = 4
-CHUNK = 128  # tokens of lightning attention's chunks (model/linear.py)
+CHUNK, DELTA_CHUNK = 128, 32  # tokens of a chunk of lightning attention, of the delta rule (model/linear.py, delta.py)
 LOGITS = 2**22  # numbers in one chunk of logits (train/losses.py)
 MOST_SCORES, LONGEST = 2**24, 2048  # up to which attention on a CPU in bf16 keeps its scores (model/attention.py)
 GROUP = 16  # tokens that an expert's group is filled up to, on a CPU in bf16 (model/ffn.py)
@@ -96,7 +96,7 @@ class Matrix(NamedTuple):
 
 def _gqa_matrices(m: GQA, d: int) -> list[Matrix]:
     q, kv = m.heads * m.head_dim, m.kv_heads * m.head_dim
-    return [Matrix(1, q, d), Matrix(2, kv, d), Matrix(1, d, q)]
+    return [Matrix(2 if m.out_gate else 1, q, d), Matrix(2, kv, d), Matrix(1, d, q)]
 
 
 def _mla_matrices(m: MLA, d: int) -> list[Matrix]:
@@ -110,6 +110,16 @@ def _lightning_matrices(m: Lightning, d: int) -> list[Matrix]:
     return [Matrix(4, m.heads * m.head_dim, d), Matrix(1, d, m.heads * m.head_dim)]
 
 
+def _delta_matrices(m: GatedDeltaNet, d: int) -> list[Matrix]:
+    values = m.heads * m.value_dim
+    inputs = [
+        Matrix(2, m.key_heads * m.key_dim, d),
+        Matrix(2, values, d),
+        Matrix(2, m.heads, d),
+    ]  # qk, v and gate, rates
+    return [*inputs, Matrix(1, d, values)]
+
+
 def _dense_matrices(f: SwiGLU, d: int) -> list[Matrix]:
     return [Matrix(2, f.hidden, d), Matrix(1, d, f.hidden)]
 
@@ -120,7 +130,7 @@ def _moe_matrices(f: MoE, d: int) -> list[Matrix]:
 
 
 MATRICES: dict[str, Callable[..., list[Matrix]]] = {
-    "gqa": _gqa_matrices, "mla": _mla_matrices, "lightning": _lightning_matrices,
+    "gqa": _gqa_matrices, "mla": _mla_matrices, "lightning": _lightning_matrices, "delta": _delta_matrices,
     "swiglu": _dense_matrices, "moe": _moe_matrices,
 }  # fmt: skip
 
@@ -146,9 +156,12 @@ def _held(spec: ModelSpec, s: Setting) -> tuple[float, list[Matrix]]:
 
 
 # --------------------------------------------------------------------------------------- activations
-def _norm(width: int, s: Setting, of: int = FP32) -> int:
-    """Bytes a token of an RMSNorm's input and scale; on a CPU it is plain operations in fp32, which keep x / rms too."""
-    return (2 * width * FP32 if s.cpu else width * of) + FP32
+def _norm(width: int, s: Setting, scales: int = 1) -> int:
+    """Bytes a token of an RMSNorm's input and scales, in fp32 whatever comes in: autocast wants it so, centred norms too.
+
+    On a CPU it is plain operations, which keep x / rms as well.
+    """
+    return FP32 * (width * (2 if s.cpu else 1) + scales)
 
 
 def _plain(heads: int, s: Setting) -> bool:
@@ -176,17 +189,31 @@ def _read_by(linears: int, d: int, s: Setting) -> int:
 
 def _gqa_kept(m: GQA, d: int, s: Setting) -> int:
     q, kv = m.heads * m.head_dim, m.kv_heads * m.head_dim
-    norms = _norm(q + kv, s, s.wide) + FP32 * (m.heads + m.kv_heads - 1) if m.qk_norm else 0
-    core = _softmax_kept(m.heads, m.kv_heads, m.head_dim, m.head_dim, s)
-    return _read_by(3, d, s) + norms + core + _rotated(m.rope.dims, s)
+    norms = _norm(q + kv, s, m.heads + m.kv_heads if m.qk_norm_over == "head" else 2) if m.qk_norm else 0
+    gate = 2 * s.wide * q if m.out_gate else 0  # its sigmoid, and the product that o_proj reads
+    if m.chunks is None:
+        core = _softmax_kept(m.heads, m.kv_heads, m.head_dim, m.head_dim, s) + _rotated(m.rope.dims, s)
+    else:
+        core = _by_pairs_kept(m, s) + 2 * _rotated(m.rope.dims, s)  # three turns of queries, one of keys
+    return _read_by(4 if m.out_gate else 3, d, s) + norms + core + gate
+
+
+def _by_pairs_kept(m: GQA, s: Setting) -> int:
+    """Dual chunks where positions are given: all pairs of tokens. Queries in three forms, weights, three masks."""
+    weights = s.wide if s.cpu or s.wide == FP32 else s.wide + FP32  # CUDA's autocast has softmax in fp32
+    scale = s.wide if m.chunks is not None and m.chunks.original_length is not None else 0
+    tensors = (
+        s.wide * m.head_dim * (3 * m.heads + 2 * m.kv_heads + m.heads)
+    )  # queries, keys and values, what o_proj reads
+    return tensors + s.length * (weights * m.heads + 3) + scale
 
 
 def _mla_kept(m: MLA, d: int, s: Setting) -> int:
     total = _read_by(2, d, s) + _rotated(m.rope.dims, s)
     if m.q_rank is not None:
-        total += _norm(m.q_rank, s, s.wide) + m.q_rank * s.wide
-    beside = s.wide if s.wide == FP32 or not s.cpu else 0  # the rotated key lies in the same tensor as the latent
-    total += _norm(m.kv_rank, s, s.wide) + m.rope.dims * beside
+        total += _norm(m.q_rank, s) + m.q_rank * s.wide
+    beside = s.wide if s.wide == FP32 else 0  # the rotated key lies in the same tensor as the latent
+    total += _norm(m.kv_rank, s) + m.rope.dims * beside
     total += s.wide * (m.kv_rank + m.rope.dims)  # what keys and values are made of
     if m.v_dim == m.qk_dim and not _plain(m.heads, s):
         total += s.wide * m.heads * m.nope_dim  # values stay a part of the product that made them
@@ -202,6 +229,20 @@ def _lightning_kept(m: Lightning, d: int, s: Setting) -> int:
     pairs = sum(n * n for n in sizes) / s.length * (FP32 * m.heads * (1 + 1 / s.rows) + 1)  # weights, decay, mask
     states = FP32 * m.heads * m.head_dim**2 * len(sizes) / s.length
     return round(_read_by(4, d, s) + products + normed + chunks + pairs + states)
+
+
+def _delta_kept(m: GatedDeltaNet, d: int, s: Setting) -> int:
+    """A token's share. All in fp32 but the gate; the last chunk is filled up. Per pair of tokens in a chunk five tensors."""
+    keys, values, size = m.heads * m.key_dim, m.heads * m.value_dim, min(DELTA_CHUNK, s.length)
+    chunks = -(-s.length // size)
+    filled = chunks * size / s.length
+    conv = FP32 * m.conv_width * (m.conv - 1) / s.length + (m.conv + 2) * FP32 * m.conv_width + m.conv  # a mask a shift
+    rates = FP32 * (2 * m.key_heads + 3 * m.heads)  # lengths of q and k, decay, beta
+    pairs = size * (FP32 * 5 * m.heads + 1)  # decay, k k^T and q k^T with and without it, documents
+    inside = FP32 * (6 * keys + 3 * values + 5 * m.heads) + 2  # k thrice, q twice, of the triangular system, v, u
+    states = FP32 * m.heads * m.key_dim * m.value_dim * chunks / s.length
+    out = _norm(values, s, m.heads) + FP32 * values * (filled - 1) + values * (FP32 + 3 * s.wide)
+    return round(_read_by(6, d, s) + conv + rates + filled * (pairs + inside) + states + out)
 
 
 def _dense_kept(f: SwiGLU, d: int, s: Setting) -> int:
@@ -221,7 +262,8 @@ def _moe_kept(f: MoE, d: int, s: Setting) -> int:
 
 
 KEPT: dict[str, Callable[..., int]] = {  # bytes a token that autograd keeps, its own input included
-    "gqa": _gqa_kept, "mla": _mla_kept, "lightning": _lightning_kept, "swiglu": _dense_kept, "moe": _moe_kept,
+    "gqa": _gqa_kept, "mla": _mla_kept, "lightning": _lightning_kept, "delta": _delta_kept,
+    "swiglu": _dense_kept, "moe": _moe_kept,
 }  # fmt: skip
 
 
@@ -247,8 +289,10 @@ def forward_kept(spec: ModelSpec, s: Setting) -> int:
     total = n * (8 + _norm(d, s))  # ids of tokens, final norm
     for layer in modules(spec):
         total += stream if s.recompute else layer_kept(layer, d, s) + cast_bytes(layer, d, s)
-    ropes = {m.rope for m in (layer.mixer for layer in spec.layers) if isinstance(m, GQA | MLA)}
-    total += n * sum(FP32 * rope.dims for rope in ropes) if s.wide == FP32 else 0
+    mixers = [layer.mixer for layer in spec.layers]
+    ropes = {(m.rope, m.chunks if isinstance(m, GQA) else None) for m in mixers if isinstance(m, GQA | MLA)}
+    turns = sum(FP32 * rope.dims * (1 if chunks is None else 3) for rope, chunks in ropes)
+    total += n * turns if s.wide == FP32 else 0
     total += spec.mtp * n * (3 * _norm(d, s) + 2 * d * s.wide)
     return total
 
@@ -290,12 +334,25 @@ def serving_bytes(spec: ModelSpec, s: Setting) -> int:
     d, caches = spec.d_model, spec.cache_bytes_per_token(s.wide) * s.length + spec.state_bytes(FP32)
     widest = max(LIVE[part.kind](part, d, s) for layer in spec.layers for part in (layer.mixer, layer.ffn))
     masks = {m.window if isinstance(m, GQA) else None for m in (layer.mixer for layer in spec.layers)
-             if not isinstance(m, Lightning)}  # fmt: skip
+             if not isinstance(m, Lightning | GatedDeltaNet)}  # fmt: skip
     return s.wide * spec.num_params() + s.rows * caches + s.tokens * (3 * s.wide * d + widest + len(masks) * s.length)
 
 
+def _gqa_live(m: GQA, s: Setting) -> int:
+    if m.chunks is not None:  # three scores of every pair, the one that counts, that masked; how many chunks apart
+        return _by_pairs_kept(m, s) + s.length * (s.wide * 5 * m.heads + 8)
+    return _softmax_kept(m.heads, m.kv_heads, m.head_dim, m.head_dim, s)
+
+
+def _delta_live(m: GatedDeltaNet, s: Setting) -> int:
+    """Names hold what they hold until the last chunk is done."""
+    inside = 9 * m.key_dim + 6 * m.value_dim + 4 * min(DELTA_CHUNK, s.length)
+    return FP32 * (2 * m.conv_width + m.heads * inside)
+
+
 LIVE: dict[str, Callable[..., int]] = KEPT | {  # bytes a token that live at once without a backward pass
-    "gqa": lambda m, d, s: s.wide * d + _softmax_kept(m.heads, m.kv_heads, m.head_dim, m.head_dim, s),
+    "gqa": lambda m, d, s: s.wide * d + _gqa_live(m, s),
+    "delta": lambda m, d, s: s.wide * d + _delta_live(m, s),
     "lightning": lambda m, d, s: s.wide * d + 7 * FP32 * m.heads * m.head_dim,  # one chunk after the other
     "moe": lambda f, d, s: _moe_kept(f.model_copy(update={"shared_hidden": 0, "shared_gate": False}), d, s),
 }
@@ -344,6 +401,7 @@ BUSY: dict[str, Callable[..., int]] = {
     "gqa": lambda m, d, s: s.wide * 4 * m.heads * m.head_dim,
     "mla": lambda m, d, s: s.wide * 5 * m.heads * m.qk_dim,
     "lightning": lambda m, d, s: FP32 * 6 * m.heads * m.head_dim,
+    "delta": lambda m, d, s: FP32 * m.heads * (3 * m.key_dim + 2 * m.value_dim + 2 * min(DELTA_CHUNK, s.length)),
     "swiglu": lambda f, d, s: s.wide * 3 * f.hidden,
     "moe": lambda f, d, s: s.wide * f.top_k * (3 * f.hidden + d),
 }

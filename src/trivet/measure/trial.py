@@ -196,7 +196,7 @@ def shorter_rows(spec: ModelSpec, s: Setting) -> Cut:
 
 
 WIDTHS = {"gqa": ("heads", "kv_heads"), "mla": ("heads", "q_rank", "kv_rank"), "lightning": ("heads",),
-          "swiglu": ("hidden",), "moe": ("hidden", "shared_hidden")}  # fmt: skip
+          "delta": ("heads", "key_heads"), "swiglu": ("hidden",), "moe": ("hidden", "shared_hidden")}  # fmt: skip
 
 
 def narrower(spec: ModelSpec, s: Setting) -> Cut:
