@@ -31,7 +31,7 @@ from trivet.measure.trial import FREED, ask, scale_down
 from trivet.measure.trial_run import STATUS
 from trivet.model import Routing, Transformer, attention, delta, ffn, linear
 from trivet.spec import FFN, GQA, MLA, GatedDeltaNet, Lightning, Mixer, ModelSpec, MoE, Rope, SwiGLU
-from trivet.train import losses
+from trivet.train import losses, optim
 from trivet.train.optim import Optimizer, newton_schulz
 
 
@@ -145,6 +145,7 @@ TRIALS: list[tuple[str, dict[str, Any]]] = [
     ("dense", {}),
     ("dense", {"precision": "bf16", "rows": 6}),
     ("mla_moe", {}),
+    ("mla_moe", {"recompute": True}),
     ("mla_moe", {"rows": 1, "length": 256}),  # where the update is the peak
     ("next", {"precision": "bf16"}),
     ("lightning", {}),
@@ -318,4 +319,5 @@ def test_what_is_copied_from_rooms_with_torch_is_still_true() -> None:
     assert (memory.CHUNK, memory.DELTA_CHUNK, memory.LOGITS) == (linear.CHUNK, delta.CHUNK, losses.CHUNK)
     assert (memory.MOST_SCORES, memory.LONGEST) == (attention.MOST_SCORES, attention.LONGEST[torch.bfloat16])
     assert memory.GROUP == ffn.GROUP_MULTIPLE[("cpu", 2)]
+    assert memory.STACK == optim.STACK
     assert inspect.signature(newton_schulz).parameters["steps"].default == trial.NEWTON_SCHULZ

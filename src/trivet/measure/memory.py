@@ -7,7 +7,7 @@
 
 Three moments compete for the peak (`Moments`): the end of the forward pass, when the loss makes the head's
 gradient; the backward pass, which frees a layer's activations and makes its gradients; the update, in which
-Muon holds a copy of every matrix, its orthogonal form, and one stack of equal shapes twice.
+Muon works on one stack of equal shapes after the other, and AdamW holds a copy of what it trains.
 
 FSDP (arXiv 2304.11277) divides weights, gradients and optimizer by `shards`, and gathers two layers at a
 time; expert parallelism divides the experts further, by `expert_shards`, so that a model stands on
@@ -27,6 +27,7 @@ from trivet.spec import GQA, MLA, DualResidual, Frozen, GatedDeltaNet, LayerSpec
 
 FP32 = 4
 CHUNK, DELTA_CHUNK = 128, 32  # tokens of a chunk of lightning attention, of the delta rule (model/linear.py, delta.py)
+STACK = {"cpu": 2**22, "cuda": 2**24}  # numbers that Muon works on at a time, or one matrix (train/optim.py)
 LOGITS = 2**22  # numbers in one chunk of logits (train/losses.py)
 MOST_SCORES, LONGEST = 2**24, 2048  # up to which attention on a CPU in bf16 keeps its scores (model/attention.py)
 GROUP = 16  # tokens that an expert's group is filled up to, on a CPU in bf16 (model/ffn.py)
@@ -311,18 +312,18 @@ def training_memory(spec: ModelSpec, s: Setting) -> Training:
     still = weights + optimizer + (gradients if s.accumulate > 1 else 0)
     moments = Moments(
         round(still + kept + head + loss),
-        round(still + _backward(spec, s, kept + head)),
-        round(weights + gradients + optimizer + FP32 * max(_muon(found, s) / s.shards, numbers - matrix)),
+        round(still + _backward(spec, s, kept, head)),
+        round(weights + gradients + optimizer + FP32 * max(_muon(found, s), numbers - matrix)),
     )
     return Training(round(weights), round(gradients), round(optimizer), round(kept + head), moments)
 
 
 def _loss(spec: ModelSpec, s: Setting) -> int:
-    """Bytes of the head's loss while it walks over the logits: a chunk is made while the one before it still lives."""
+    """Bytes of the head's loss while it walks over the logits, one chunk after the other."""
     table, at_once = spec.vocab_size * spec.d_model, max(spec.d_model, LOGITS // spec.vocab_size)
     chunk = min(s.tokens, at_once) * spec.vocab_size
-    before = 0 if s.tokens <= at_once else FP32 + (0 if s.wide == FP32 else s.wide)
-    logits = max((before + 2 * FP32) * chunk, FP32 * chunk + s.wide * table)
+    cast = 0 if s.wide == FP32 else s.wide  # of logits' gradients, and of the head
+    logits = max(2 * FP32 * chunk, (FP32 + cast) * chunk + s.wide * table)
     return logits + (0 if s.wide == FP32 else (FP32 + s.wide) * table)  # the head cast, its gradient in fp32
 
 
@@ -373,12 +374,12 @@ def check_shards(spec: ModelSpec, s: Setting) -> None:
             )
 
 
-def _backward(spec: ModelSpec, s: Setting, kept: float) -> float:
+def _backward(spec: ModelSpec, s: Setting, kept: float, head: int) -> float:
     """The most that activations and gradients take together, while layer by layer one becomes the other."""
     d = spec.d_model
     fresh = 0 if s.accumulate > 1 else FP32 / s.shards  # bytes of a new gradient's number
     done = fresh * spec.vocab_size * d
-    worst = kept + s.wide * spec.vocab_size * d
+    worst = kept + head + s.wide * spec.vocab_size * d
     for layer in reversed(modules(spec)):
         inside = layer_kept(layer, d, s) + cast_bytes(layer, d, s)
         again = inside if s.recompute else 0
@@ -407,19 +408,16 @@ BUSY: dict[str, Callable[..., int]] = {
 }
 
 
-def _muon(found: list[Matrix], s: Setting) -> float:
-    """Numbers that Muon holds beside its moments: the step ahead, and its orthogonal form stack by stack."""
-    stacks: dict[tuple[int, int], list[int]] = {}
+def _muon(found: list[Matrix], s: Setting) -> int:
+    """Numbers that Muon holds beside its moments: a stack of one shape, its step ahead and its orthogonal form."""
+    shapes: dict[tuple[int, int], int] = {}
     for m in found:
-        stack = stacks.setdefault((min(m.rows, m.columns), max(m.rows, m.columns)), [0, 0, 0])
-        stack[0] += m.copies
-        stack[1] += m.numbers
-        stack[2] += m.numbers if m.rows > m.columns else 0  # those that lay on their side are turned back, in a copy
-    held = worst = linger = 0
-    for (short, _), (count, numbers, turned) in stacks.items():
-        gram = count * short**2
+        shape = (min(m.rows, m.columns), max(m.rows, m.columns))
+        shapes[shape] = shapes.get(shape, 0) + m.copies
+    worst, most = 0, STACK["cpu" if s.cpu else "cuda"]
+    for (short, long), copies in shapes.items():
+        count = min(copies, max(1, most // (short * long)))
+        numbers, gram = count * short * long, count * short**2
         inside = 2 * (numbers + gram) if s.cpu else numbers + numbers // 2 + gram  # on a GPU it iterates in bf16
-        worst = max(worst, held + linger + inside, held + numbers + turned)
-        held += turned + (numbers if turned < numbers else 0)
-        linger = numbers if turned == numbers else 0
-    return sum(m.numbers for m in found) + max(worst, held)
+        worst = max(worst, numbers + max(inside, 2 * numbers))  # at last those that were turned, back in a copy
+    return worst
