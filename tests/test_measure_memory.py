@@ -161,7 +161,7 @@ def test_a_training_step_takes_what_was_predicted(name: str, more: dict[str, Any
     said, measured = training_memory(spec, s), ask("train", spec, s, "cpu", FREED, 1)["bytes"]
     assert said.peak == pytest.approx(measured, rel=0.1)
     state = said.weights + said.gradients + said.optimizer  # the twin: what most planners stop at
-    assert state < measured / 1.5
+    assert state < measured / 1.4
 
 
 @process
@@ -261,17 +261,27 @@ def test_what_is_too_large_is_scaled_down_and_said() -> None:
         scale_down(dense, short, LAPTOP | {"memory": 1e6})
 
 
+def scripted(what: str, spec: ModelSpec, s: Setting, device: str, allocator: dict[str, str], n: int) -> Any:
+    """A machine on which every measurement is a round number."""
+    size = 2e9 if allocator == trial.KEPT else 1e9
+    return {"machine": LAPTOP, "train": {"train": 3.0, "bytes": size},
+            "serve": {"prefill": 2.0, "decode": 1.0, "bytes": 5e8}}[what]  # fmt: skip
+
+
+def test_what_is_not_predicted_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "ask", scripted)
+    for name, precision, notes in (
+        ("mla_moe", "bf16", [trial.COMPILED]),
+        ("mla_moe", "fp32", []),
+        ("dense", "bf16", []),
+    ):
+        assert trial.try_out(name, trial_spec(name), Setting(length=64, precision=precision))["notes"] == notes
+
+
 @pytest.mark.parametrize("as_json", [True, False])
 def test_predicted_stands_beside_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], as_json: bool
 ) -> None:
-    """A scripted machine: every measurement is a round number."""
-
-    def scripted(what: str, spec: ModelSpec, s: Setting, device: str, allocator: dict[str, str], n: int) -> Any:
-        size = 2e9 if allocator == trial.KEPT else 1e9
-        return {"machine": LAPTOP, "train": {"train": 3.0, "bytes": size},
-                "serve": {"prefill": 2.0, "decode": 1.0, "bytes": 5e8}}[what]  # fmt: skip
-
     monkeypatch.setattr(trial, "ask", scripted)
     code, out, _ = call(monkeypatch, capsys, "plan", "configs/gsm8k.toml", "--measure", *["--json"] * as_json)
     assert code == 0

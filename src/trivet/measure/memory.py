@@ -171,11 +171,23 @@ def _plain(heads: int, s: Setting) -> bool:
 
 
 def _softmax_kept(heads: int, kv_heads: int, keys: int, values: int, s: Setting) -> int:
-    """Softmax attention of heads that are `keys` and `values` wide. Fused kernels keep the row's mask, in numbers."""
+    """Softmax attention of heads that are `keys` and `values` wide."""
     if _plain(heads, s) or values > keys:  # no fused kernel has values wider than keys
         return s.wide * (heads + kv_heads) * (keys + values) + s.wide * heads * s.length
     filled = heads * values if values < keys else 0  # values are filled up to the keys' width, and cut again
-    return s.wide * (2 * (heads + kv_heads) * keys + filled + s.length) + FP32 * heads
+    return s.wide * (2 * (heads + kv_heads) * keys + filled) + FP32 * heads
+
+
+def _masks(spec: ModelSpec, s: Setting) -> int:
+    """Bytes of what fused attention adds to scores: one tensor a window for all layers, another for prediction modules."""
+    total = 0
+    for layers in (spec.layers, spec.layers[-1:] if spec.mtp else ()):
+        mixers = [layer.mixer for layer in layers]
+        windows = {m.window for m in mixers if isinstance(m, GQA) and m.chunks is None and not _plain(m.heads, s)}
+        if any(isinstance(m, MLA) and m.v_dim <= m.qk_dim and not _plain(m.heads, s) for m in mixers):
+            windows.add(None)
+        total += len(windows)
+    return total * s.tokens * s.length * s.wide
 
 
 def _rotated(dims: int, s: Setting) -> int:
@@ -295,7 +307,7 @@ def forward_kept(spec: ModelSpec, s: Setting) -> int:
     turns = sum(FP32 * rope.dims * (1 if chunks is None else 3) for rope, chunks in ropes)
     total += n * turns if s.wide == FP32 else 0
     total += spec.mtp * n * (3 * _norm(d, s) + 2 * d * s.wide)
-    return total
+    return total + (0 if s.recompute else _masks(spec, s))
 
 
 # ----------------------------------------------------------------------------------------- a whole step
@@ -310,6 +322,7 @@ def training_memory(spec: ModelSpec, s: Setting) -> Training:
     head = (1 + spec.mtp) * s.wide * (s.tokens * spec.d_model + table)  # the gradients that the losses keep
     loss = _loss(spec, s)
     still = weights + optimizer + (gradients if s.accumulate > 1 else 0)
+    still += _masks(spec, s) if s.recompute else 0  # held until layers are computed again
     moments = Moments(
         round(still + kept + head + loss),
         round(still + _backward(spec, s, kept, head)),
@@ -333,10 +346,13 @@ def serving_bytes(spec: ModelSpec, s: Setting) -> int:
     The widest part works while the stream is there three times: at first, before the layer and inside it.
     """
     d, caches = spec.d_model, spec.cache_bytes_per_token(s.wide) * s.length + spec.state_bytes(FP32)
-    widest = max(LIVE[part.kind](part, d, s) for layer in spec.layers for part in (layer.mixer, layer.ffn))
-    masks = {m.window if isinstance(m, GQA) else None for m in (layer.mixer for layer in spec.layers)
-             if not isinstance(m, Lightning | GatedDeltaNet)}  # fmt: skip
-    return s.wide * spec.num_params() + s.rows * caches + s.tokens * (3 * s.wide * d + widest + len(masks) * s.length)
+    windows, widest = set[int | None](), 0
+    for layer in spec.layers:
+        if not isinstance(layer.mixer, Lightning | GatedDeltaNet):
+            windows.add(layer.mixer.window if isinstance(layer.mixer, GQA) else None)  # whose mask stays from here on
+        live = max(LIVE[part.kind](part, d, s) for part in (layer.mixer, layer.ffn))
+        widest = max(widest, live + len(windows) * s.wide * s.length)
+    return s.wide * spec.num_params() + s.rows * caches + s.tokens * (3 * s.wide * d + widest)
 
 
 def _gqa_live(m: GQA, s: Setting) -> int:
