@@ -12,7 +12,15 @@ from torch import Tensor
 from test_model_zoo import D, gap, next_token_loss, noisy, spec_of, tokens_of
 from trivet.model import Transformer, attention
 from trivet.model.attention import _products, attend
-from trivet.model.layers import Layout, RMSNorm, apply_rope, inverse_frequencies, rotation_amplitude, yarn_temperature
+from trivet.model.layers import (
+    Layout,
+    RMSNorm,
+    added,
+    apply_rope,
+    inverse_frequencies,
+    rotation_amplitude,
+    yarn_temperature,
+)
 from trivet.spec import Rope, Yarn
 
 
@@ -98,18 +106,18 @@ def test_attend_is_softmax_attention(
             rows.append(score.softmax(-1) @ v[:, j])
         return torch.stack(rows, 1)
 
-    want = plain(causal)
+    want, mask = plain(causal), added(causal, torch.float32)
     assert gap(attend(q, k, v, None, 0.3), want) < 1e-5
-    assert gap(attend(q, k, v, causal, 0.3), want) < 1e-5
-    assert gap(attend(q[:, :, 3:4], k, v, causal[:, :, 3:4], 0.3), want[:, :, 3:4]) < 1e-5
-    assert gap(attend(q[:, :, 3:4], k, v, causal[:, :, 2:3], 0.3), want[:, :, 3:4]) > 1e-3
+    assert gap(attend(q, k, v, mask, 0.3), want) < 1e-5
+    assert gap(attend(q[:, :, 3:4], k, v, mask[:, :, 3:4], 0.3), want[:, :, 3:4]) < 1e-5
+    assert gap(attend(q[:, :, 3:4], k, v, mask[:, :, 2:3], 0.3), want[:, :, 3:4]) > 1e-3
     for piece, block in ((2**20, 128), (30, 2), (30, 5)):  # all at once, and some pairs or queries at a time
         monkeypatch.setattr(attention, "PIECE", piece)
         monkeypatch.setattr(attention, "BLOCK", {torch.float32: block})
         assert gap(_products(q, k, v, None, 0.3), want) < 1e-5
-        assert gap(_products(q, k, v, causal, 0.3), want) < 1e-5
-        assert gap(_products(q[:, :, 3:4], k, v, causal[:, :, 3:4], 0.3), want[:, :, 3:4]) < 1e-5
-        assert gap(_products(q[:, :, 3:4], k, v, causal[:, :, 2:3], 0.3), want[:, :, 3:4]) > 1e-3
+        assert gap(_products(q, k, v, mask, 0.3), want) < 1e-5
+        assert gap(_products(q[:, :, 3:4], k, v, mask[:, :, 3:4], 0.3), want[:, :, 3:4]) < 1e-5
+        assert gap(_products(q[:, :, 3:4], k, v, mask[:, :, 2:3], 0.3), want[:, :, 3:4]) > 1e-3
 
 
 def test_a_window_sees_itself_and_what_is_just_before() -> None:

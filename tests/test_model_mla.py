@@ -8,7 +8,7 @@ from torch import Tensor
 
 from test_model_zoo import VOCAB, D, gap
 from trivet.model import Transformer
-from trivet.model.layers import Layout, apply_rope
+from trivet.model.layers import Layout, added, apply_rope
 from trivet.model.mla import LatentAttention
 from trivet.spec import MLA, ModelSpec, Rope, SwiGLU, Yarn
 
@@ -86,7 +86,9 @@ def test_absorbed_equals_expanded(name: str) -> None:
     memory = torch.randn(batch, slots, s.cache_per_token(), generator=g, requires_grad=True)
     mask = torch.rand(batch, 1, length, slots, generator=g) < 0.7
     mask[..., 0] = True
-    layout = Layout(None, batch, length, torch.device("cpu"), span=slots, _masks={None: mask})
+    layout = Layout(
+        None, batch, length, torch.device("cpu"), span=slots, _masks={(None, torch.float32): added(mask, torch.float32)}
+    )
     direction = torch.randn(batch, length, s.heads, s.v_dim, generator=g)
     leaves = (q_nope, q_rope, memory, mixer.kv_up.weight)
     a, b = mixer.absorbed(q_nope, q_rope, memory, layout), mixer.expanded(q_nope, q_rope, memory, layout)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trivet.config import UserError
 from trivet.train import optim
-from trivet.train.optim import Optimizer, clip, newton_schulz, orthogonalize_all, schedule
+from trivet.train.optim import Optimizer, clip, newton_schulz, orthogonalize, schedule
 
 SHAPES = [(12, 8), (8, 12), (12, 8), (6, 6), (3, 12, 8), (2, 5, 12, 8), (1, 7)]
 
@@ -68,6 +68,24 @@ def test_batched_muon_equals_one_matrix_at_a_time() -> None:
     check_muon()
 
 
+@pytest.mark.parametrize("most", [1, 100, 2 * 96, 5 * 96, 2**24])
+def test_stacks_hold_what_they_may_and_change_nothing(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes of 96 numbers: 16 matrices of one shape, some of them in one parameter."""
+    sizes, right = [], optim.newton_schulz
+    monkeypatch.setitem(optim.STACK, "cpu", most)
+    monkeypatch.setattr(optim, "newton_schulz", lambda x: (sizes.append(x.numel()), right(x))[1])
+    check_muon()
+    assert max(sizes) == {1: 96, 100: 96, 192: 192, 480: 480}.get(most, 16 * 96)
+
+
+def test_a_stack_that_is_cut_in_a_matrix_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin: half of a matrix made orthogonal is not half of the orthogonal matrix."""
+    right = optim.matrices
+    monkeypatch.setattr(optim, "matrices", lambda x: [half for part in right(x) for half in part.split(4, 1)])
+    with pytest.raises(AssertionError):
+        check_muon()
+
+
 @pytest.mark.parametrize("wrong", [(3.4445, -4.7750, 2.03), (3.44, -4.7750, 2.0315)])
 def test_a_wrong_coefficient_is_noticed(wrong: tuple[float, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optim, "NEWTON_SCHULZ", wrong)
@@ -94,9 +112,9 @@ def test_newton_schulz_flattens_singular_values() -> None:
 
 
 def test_muon_does_not_care_about_the_size_of_gradients() -> None:
-    updates = [torch.randn(12, 8, generator=torch.Generator().manual_seed(0))]
+    updates = [torch.randn(1, 12, 8, generator=torch.Generator().manual_seed(0))]
     small = [updates[0] * 1e-3]
-    torch.testing.assert_close(orthogonalize_all(small)[0], orthogonalize_all(updates)[0], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(orthogonalize(small)[0], orthogonalize(updates)[0], rtol=2e-3, atol=2e-3)
 
 
 def check_adamw(eps: float = 1e-8, betas: tuple[float, float] = (0.9, 0.95)) -> None:

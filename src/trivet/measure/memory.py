@@ -7,7 +7,7 @@
 
 Three moments compete for the peak (`Moments`): the end of the forward pass, when the loss makes the head's
 gradient; the backward pass, which frees a layer's activations and makes its gradients; the update, in which
-Muon holds a copy of every matrix, its orthogonal form, and one stack of equal shapes twice.
+Muon works on one stack of equal shapes after the other, and AdamW holds a copy of what it trains.
 
 FSDP (arXiv 2304.11277) divides weights, gradients and optimizer by `shards`, and gathers two layers at a
 time; expert parallelism divides the experts further, by `expert_shards`, so that a model stands on
@@ -23,10 +23,11 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 
 from trivet.config import UserError
-from trivet.spec import GQA, MLA, DualResidual, Frozen, LayerSpec, Lightning, ModelSpec, MoE, SwiGLU
+from trivet.spec import GQA, MLA, DualResidual, Frozen, GatedDeltaNet, LayerSpec, Lightning, ModelSpec, MoE, SwiGLU
 
 FP32 = 4
-CHUNK = 128  # tokens of lightning attention's chunks (model/linear.py)
+CHUNK, DELTA_CHUNK = 128, 32  # tokens of a chunk of lightning attention, of the delta rule (model/linear.py, delta.py)
+STACK = {"cpu": 2**22, "cuda": 2**24}  # numbers that Muon works on at a time, or one matrix (train/optim.py)
 LOGITS = 2**22  # numbers in one chunk of logits (train/losses.py)
 MOST_SCORES, LONGEST = 2**24, 2048  # up to which attention on a CPU in bf16 keeps its scores (model/attention.py)
 GROUP = 16  # tokens that an expert's group is filled up to, on a CPU in bf16 (model/ffn.py)
@@ -96,7 +97,7 @@ class Matrix(NamedTuple):
 
 def _gqa_matrices(m: GQA, d: int) -> list[Matrix]:
     q, kv = m.heads * m.head_dim, m.kv_heads * m.head_dim
-    return [Matrix(1, q, d), Matrix(2, kv, d), Matrix(1, d, q)]
+    return [Matrix(2 if m.out_gate else 1, q, d), Matrix(2, kv, d), Matrix(1, d, q)]
 
 
 def _mla_matrices(m: MLA, d: int) -> list[Matrix]:
@@ -110,6 +111,16 @@ def _lightning_matrices(m: Lightning, d: int) -> list[Matrix]:
     return [Matrix(4, m.heads * m.head_dim, d), Matrix(1, d, m.heads * m.head_dim)]
 
 
+def _delta_matrices(m: GatedDeltaNet, d: int) -> list[Matrix]:
+    values = m.heads * m.value_dim
+    inputs = [
+        Matrix(2, m.key_heads * m.key_dim, d),
+        Matrix(2, values, d),
+        Matrix(2, m.heads, d),
+    ]  # qk, v and gate, rates
+    return [*inputs, Matrix(1, d, values)]
+
+
 def _dense_matrices(f: SwiGLU, d: int) -> list[Matrix]:
     return [Matrix(2, f.hidden, d), Matrix(1, d, f.hidden)]
 
@@ -120,7 +131,7 @@ def _moe_matrices(f: MoE, d: int) -> list[Matrix]:
 
 
 MATRICES: dict[str, Callable[..., list[Matrix]]] = {
-    "gqa": _gqa_matrices, "mla": _mla_matrices, "lightning": _lightning_matrices,
+    "gqa": _gqa_matrices, "mla": _mla_matrices, "lightning": _lightning_matrices, "delta": _delta_matrices,
     "swiglu": _dense_matrices, "moe": _moe_matrices,
 }  # fmt: skip
 
@@ -146,9 +157,12 @@ def _held(spec: ModelSpec, s: Setting) -> tuple[float, list[Matrix]]:
 
 
 # --------------------------------------------------------------------------------------- activations
-def _norm(width: int, s: Setting, of: int = FP32) -> int:
-    """Bytes a token of an RMSNorm's input and scale; on a CPU it is plain operations in fp32, which keep x / rms too."""
-    return (2 * width * FP32 if s.cpu else width * of) + FP32
+def _norm(width: int, s: Setting, scales: int = 1) -> int:
+    """Bytes a token of an RMSNorm's input and scales, in fp32 whatever comes in: autocast wants it so, centred norms too.
+
+    On a CPU it is plain operations, which keep x / rms as well.
+    """
+    return FP32 * (width * (2 if s.cpu else 1) + scales)
 
 
 def _plain(heads: int, s: Setting) -> bool:
@@ -157,11 +171,23 @@ def _plain(heads: int, s: Setting) -> bool:
 
 
 def _softmax_kept(heads: int, kv_heads: int, keys: int, values: int, s: Setting) -> int:
-    """Softmax attention of heads that are `keys` and `values` wide. Fused kernels keep the row's mask, in numbers."""
+    """Softmax attention of heads that are `keys` and `values` wide."""
     if _plain(heads, s) or values > keys:  # no fused kernel has values wider than keys
         return s.wide * (heads + kv_heads) * (keys + values) + s.wide * heads * s.length
     filled = heads * values if values < keys else 0  # values are filled up to the keys' width, and cut again
-    return s.wide * (2 * (heads + kv_heads) * keys + filled + s.length) + FP32 * heads
+    return s.wide * (2 * (heads + kv_heads) * keys + filled) + FP32 * heads
+
+
+def _masks(spec: ModelSpec, s: Setting) -> int:
+    """Bytes of what fused attention adds to scores: one tensor a window for all layers, another for prediction modules."""
+    total = 0
+    for layers in (spec.layers, spec.layers[-1:] if spec.mtp else ()):
+        mixers = [layer.mixer for layer in layers]
+        windows = {m.window for m in mixers if isinstance(m, GQA) and m.chunks is None and not _plain(m.heads, s)}
+        if any(isinstance(m, MLA) and m.v_dim <= m.qk_dim and not _plain(m.heads, s) for m in mixers):
+            windows.add(None)
+        total += len(windows)
+    return total * s.tokens * s.length * s.wide
 
 
 def _rotated(dims: int, s: Setting) -> int:
@@ -176,17 +202,31 @@ def _read_by(linears: int, d: int, s: Setting) -> int:
 
 def _gqa_kept(m: GQA, d: int, s: Setting) -> int:
     q, kv = m.heads * m.head_dim, m.kv_heads * m.head_dim
-    norms = _norm(q + kv, s, s.wide) + FP32 * (m.heads + m.kv_heads - 1) if m.qk_norm else 0
-    core = _softmax_kept(m.heads, m.kv_heads, m.head_dim, m.head_dim, s)
-    return _read_by(3, d, s) + norms + core + _rotated(m.rope.dims, s)
+    norms = _norm(q + kv, s, m.heads + m.kv_heads if m.qk_norm_over == "head" else 2) if m.qk_norm else 0
+    gate = 2 * s.wide * q if m.out_gate else 0  # its sigmoid, and the product that o_proj reads
+    if m.chunks is None:
+        core = _softmax_kept(m.heads, m.kv_heads, m.head_dim, m.head_dim, s) + _rotated(m.rope.dims, s)
+    else:
+        core = _by_pairs_kept(m, s) + 2 * _rotated(m.rope.dims, s)  # three turns of queries, one of keys
+    return _read_by(4 if m.out_gate else 3, d, s) + norms + core + gate
+
+
+def _by_pairs_kept(m: GQA, s: Setting) -> int:
+    """Dual chunks where positions are given: all pairs of tokens. Queries in three forms, weights, three masks."""
+    weights = s.wide if s.cpu or s.wide == FP32 else s.wide + FP32  # CUDA's autocast has softmax in fp32
+    scale = s.wide if m.chunks is not None and m.chunks.original_length is not None else 0
+    tensors = (
+        s.wide * m.head_dim * (3 * m.heads + 2 * m.kv_heads + m.heads)
+    )  # queries, keys and values, what o_proj reads
+    return tensors + s.length * (weights * m.heads + 3) + scale
 
 
 def _mla_kept(m: MLA, d: int, s: Setting) -> int:
     total = _read_by(2, d, s) + _rotated(m.rope.dims, s)
     if m.q_rank is not None:
-        total += _norm(m.q_rank, s, s.wide) + m.q_rank * s.wide
-    beside = s.wide if s.wide == FP32 or not s.cpu else 0  # the rotated key lies in the same tensor as the latent
-    total += _norm(m.kv_rank, s, s.wide) + m.rope.dims * beside
+        total += _norm(m.q_rank, s) + m.q_rank * s.wide
+    beside = s.wide if s.wide == FP32 else 0  # the rotated key lies in the same tensor as the latent
+    total += _norm(m.kv_rank, s) + m.rope.dims * beside
     total += s.wide * (m.kv_rank + m.rope.dims)  # what keys and values are made of
     if m.v_dim == m.qk_dim and not _plain(m.heads, s):
         total += s.wide * m.heads * m.nope_dim  # values stay a part of the product that made them
@@ -202,6 +242,20 @@ def _lightning_kept(m: Lightning, d: int, s: Setting) -> int:
     pairs = sum(n * n for n in sizes) / s.length * (FP32 * m.heads * (1 + 1 / s.rows) + 1)  # weights, decay, mask
     states = FP32 * m.heads * m.head_dim**2 * len(sizes) / s.length
     return round(_read_by(4, d, s) + products + normed + chunks + pairs + states)
+
+
+def _delta_kept(m: GatedDeltaNet, d: int, s: Setting) -> int:
+    """A token's share. All in fp32 but the gate; the last chunk is filled up. Per pair of tokens in a chunk five tensors."""
+    keys, values, size = m.heads * m.key_dim, m.heads * m.value_dim, min(DELTA_CHUNK, s.length)
+    chunks = -(-s.length // size)
+    filled = chunks * size / s.length
+    conv = FP32 * m.conv_width * (m.conv - 1) / s.length + (m.conv + 2) * FP32 * m.conv_width + m.conv  # a mask a shift
+    rates = FP32 * (2 * m.key_heads + 3 * m.heads)  # lengths of q and k, decay, beta
+    pairs = size * (FP32 * 5 * m.heads + 1)  # decay, k k^T and q k^T with and without it, documents
+    inside = FP32 * (6 * keys + 3 * values + 5 * m.heads) + 2  # k thrice, q twice, of the triangular system, v, u
+    states = FP32 * m.heads * m.key_dim * m.value_dim * chunks / s.length
+    out = _norm(values, s, m.heads) + FP32 * values * (filled - 1) + values * (FP32 + 3 * s.wide)
+    return round(_read_by(6, d, s) + conv + rates + filled * (pairs + inside) + states + out)
 
 
 def _dense_kept(f: SwiGLU, d: int, s: Setting) -> int:
@@ -221,7 +275,8 @@ def _moe_kept(f: MoE, d: int, s: Setting) -> int:
 
 
 KEPT: dict[str, Callable[..., int]] = {  # bytes a token that autograd keeps, its own input included
-    "gqa": _gqa_kept, "mla": _mla_kept, "lightning": _lightning_kept, "swiglu": _dense_kept, "moe": _moe_kept,
+    "gqa": _gqa_kept, "mla": _mla_kept, "lightning": _lightning_kept, "delta": _delta_kept,
+    "swiglu": _dense_kept, "moe": _moe_kept,
 }  # fmt: skip
 
 
@@ -247,10 +302,12 @@ def forward_kept(spec: ModelSpec, s: Setting) -> int:
     total = n * (8 + _norm(d, s))  # ids of tokens, final norm
     for layer in modules(spec):
         total += stream if s.recompute else layer_kept(layer, d, s) + cast_bytes(layer, d, s)
-    ropes = {m.rope for m in (layer.mixer for layer in spec.layers) if isinstance(m, GQA | MLA)}
-    total += n * sum(FP32 * rope.dims for rope in ropes) if s.wide == FP32 else 0
+    mixers = [layer.mixer for layer in spec.layers]
+    ropes = {(m.rope, m.chunks if isinstance(m, GQA) else None) for m in mixers if isinstance(m, GQA | MLA)}
+    turns = sum(FP32 * rope.dims * (1 if chunks is None else 3) for rope, chunks in ropes)
+    total += n * turns if s.wide == FP32 else 0
     total += spec.mtp * n * (3 * _norm(d, s) + 2 * d * s.wide)
-    return total
+    return total + (0 if s.recompute else _masks(spec, s))
 
 
 # ----------------------------------------------------------------------------------------- a whole step
@@ -265,20 +322,21 @@ def training_memory(spec: ModelSpec, s: Setting) -> Training:
     head = (1 + spec.mtp) * s.wide * (s.tokens * spec.d_model + table)  # the gradients that the losses keep
     loss = _loss(spec, s)
     still = weights + optimizer + (gradients if s.accumulate > 1 else 0)
+    still += _masks(spec, s) if s.recompute else 0  # held until layers are computed again
     moments = Moments(
         round(still + kept + head + loss),
-        round(still + _backward(spec, s, kept + head)),
-        round(weights + gradients + optimizer + FP32 * max(_muon(found, s) / s.shards, numbers - matrix)),
+        round(still + _backward(spec, s, kept, head)),
+        round(weights + gradients + optimizer + FP32 * max(_muon(found, s), numbers - matrix)),
     )
     return Training(round(weights), round(gradients), round(optimizer), round(kept + head), moments)
 
 
 def _loss(spec: ModelSpec, s: Setting) -> int:
-    """Bytes of the head's loss while it walks over the logits: a chunk is made while the one before it still lives."""
+    """Bytes of the head's loss while it walks over the logits, one chunk after the other."""
     table, at_once = spec.vocab_size * spec.d_model, max(spec.d_model, LOGITS // spec.vocab_size)
     chunk = min(s.tokens, at_once) * spec.vocab_size
-    before = 0 if s.tokens <= at_once else FP32 + (0 if s.wide == FP32 else s.wide)
-    logits = max((before + 2 * FP32) * chunk, FP32 * chunk + s.wide * table)
+    cast = 0 if s.wide == FP32 else s.wide  # of logits' gradients, and of the head
+    logits = max(2 * FP32 * chunk, (FP32 + cast) * chunk + s.wide * table)
     return logits + (0 if s.wide == FP32 else (FP32 + s.wide) * table)  # the head cast, its gradient in fp32
 
 
@@ -288,14 +346,30 @@ def serving_bytes(spec: ModelSpec, s: Setting) -> int:
     The widest part works while the stream is there three times: at first, before the layer and inside it.
     """
     d, caches = spec.d_model, spec.cache_bytes_per_token(s.wide) * s.length + spec.state_bytes(FP32)
-    widest = max(LIVE[part.kind](part, d, s) for layer in spec.layers for part in (layer.mixer, layer.ffn))
-    masks = {m.window if isinstance(m, GQA) else None for m in (layer.mixer for layer in spec.layers)
-             if not isinstance(m, Lightning)}  # fmt: skip
-    return s.wide * spec.num_params() + s.rows * caches + s.tokens * (3 * s.wide * d + widest + len(masks) * s.length)
+    windows, widest = set[int | None](), 0
+    for layer in spec.layers:
+        if not isinstance(layer.mixer, Lightning | GatedDeltaNet):
+            windows.add(layer.mixer.window if isinstance(layer.mixer, GQA) else None)  # whose mask stays from here on
+        live = max(LIVE[part.kind](part, d, s) for part in (layer.mixer, layer.ffn))
+        widest = max(widest, live + len(windows) * s.wide * s.length)
+    return s.wide * spec.num_params() + s.rows * caches + s.tokens * (3 * s.wide * d + widest)
+
+
+def _gqa_live(m: GQA, s: Setting) -> int:
+    if m.chunks is not None:  # three scores of every pair, the one that counts, that masked; how many chunks apart
+        return _by_pairs_kept(m, s) + s.length * (s.wide * 5 * m.heads + 8)
+    return _softmax_kept(m.heads, m.kv_heads, m.head_dim, m.head_dim, s)
+
+
+def _delta_live(m: GatedDeltaNet, s: Setting) -> int:
+    """Names hold what they hold until the last chunk is done."""
+    inside = 9 * m.key_dim + 6 * m.value_dim + 4 * min(DELTA_CHUNK, s.length)
+    return FP32 * (2 * m.conv_width + m.heads * inside)
 
 
 LIVE: dict[str, Callable[..., int]] = KEPT | {  # bytes a token that live at once without a backward pass
-    "gqa": lambda m, d, s: s.wide * d + _softmax_kept(m.heads, m.kv_heads, m.head_dim, m.head_dim, s),
+    "gqa": lambda m, d, s: s.wide * d + _gqa_live(m, s),
+    "delta": lambda m, d, s: s.wide * d + _delta_live(m, s),
     "lightning": lambda m, d, s: s.wide * d + 7 * FP32 * m.heads * m.head_dim,  # one chunk after the other
     "moe": lambda f, d, s: _moe_kept(f.model_copy(update={"shared_hidden": 0, "shared_gate": False}), d, s),
 }
@@ -316,12 +390,12 @@ def check_shards(spec: ModelSpec, s: Setting) -> None:
             )
 
 
-def _backward(spec: ModelSpec, s: Setting, kept: float) -> float:
+def _backward(spec: ModelSpec, s: Setting, kept: float, head: int) -> float:
     """The most that activations and gradients take together, while layer by layer one becomes the other."""
     d = spec.d_model
     fresh = 0 if s.accumulate > 1 else FP32 / s.shards  # bytes of a new gradient's number
     done = fresh * spec.vocab_size * d
-    worst = kept + s.wide * spec.vocab_size * d
+    worst = kept + head + s.wide * spec.vocab_size * d
     for layer in reversed(modules(spec)):
         inside = layer_kept(layer, d, s) + cast_bytes(layer, d, s)
         again = inside if s.recompute else 0
@@ -344,24 +418,22 @@ BUSY: dict[str, Callable[..., int]] = {
     "gqa": lambda m, d, s: s.wide * 4 * m.heads * m.head_dim,
     "mla": lambda m, d, s: s.wide * 5 * m.heads * m.qk_dim,
     "lightning": lambda m, d, s: FP32 * 6 * m.heads * m.head_dim,
+    "delta": lambda m, d, s: FP32 * m.heads * (3 * m.key_dim + 2 * m.value_dim + 2 * min(DELTA_CHUNK, s.length)),
     "swiglu": lambda f, d, s: s.wide * 3 * f.hidden,
     "moe": lambda f, d, s: s.wide * f.top_k * (3 * f.hidden + d),
 }
 
 
-def _muon(found: list[Matrix], s: Setting) -> float:
-    """Numbers that Muon holds beside its moments: the step ahead, and its orthogonal form stack by stack."""
-    stacks: dict[tuple[int, int], list[int]] = {}
+def _muon(found: list[Matrix], s: Setting) -> int:
+    """Numbers that Muon holds beside its moments: a stack of one shape, its step ahead and its orthogonal form."""
+    shapes: dict[tuple[int, int], int] = {}
     for m in found:
-        stack = stacks.setdefault((min(m.rows, m.columns), max(m.rows, m.columns)), [0, 0, 0])
-        stack[0] += m.copies
-        stack[1] += m.numbers
-        stack[2] += m.numbers if m.rows > m.columns else 0  # those that lay on their side are turned back, in a copy
-    held = worst = linger = 0
-    for (short, _), (count, numbers, turned) in stacks.items():
-        gram = count * short**2
+        shape = (min(m.rows, m.columns), max(m.rows, m.columns))
+        shapes[shape] = shapes.get(shape, 0) + m.copies
+    worst, most = 0, STACK["cpu" if s.cpu else "cuda"]
+    for (short, long), copies in shapes.items():
+        count = min(copies, max(1, most // (short * long)))
+        numbers, gram = count * short * long, count * short**2
         inside = 2 * (numbers + gram) if s.cpu else numbers + numbers // 2 + gram  # on a GPU it iterates in bf16
-        worst = max(worst, held + linger + inside, held + numbers + turned)
-        held += turned + (numbers if turned < numbers else 0)
-        linger = numbers if turned == numbers else 0
-    return sum(m.numbers for m in found) + max(worst, held)
+        worst = max(worst, numbers + max(inside, 2 * numbers))  # at last those that were turned, back in a copy
+    return worst

@@ -151,7 +151,7 @@ def measure_models(names: list[str], ask: Question, device: str, as_json: bool) 
             notes.append(
                 f"Memory is what lives; `trivet train` on a CPU keeps what it freed: {show(row['kept_bytes'], 'bytes')}."
             )
-        for note in notes:
+        for note in [*notes, *row["notes"]]:
             console.print(note, style="dim", highlight=False)
     if as_json:
         print(json.dumps(rows, indent=1))

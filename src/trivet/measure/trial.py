@@ -27,6 +27,9 @@ SECONDS = 2.0  # a training step takes at most, by the roofline
 SMALLEST_VOCAB, SHORTEST, NARROWEST = 8192, 512, 256
 FREED = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc: freed blocks go back at once, so that the peak is what lives
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_TOP_PAD_": str(2**26)}
+COMPILED = (
+    "On a CPU in bf16 a kernel is compiled for every size of an expert's group: tens of MB, which are not predicted."
+)
 NEWTON_SCHULZ = 5  # steps (train/optim.py)
 
 
@@ -54,6 +57,7 @@ def try_out(name: str, spec: ModelSpec, setting: Setting, device: str = "auto") 
         times |= {kind: spent for kind, spent in fast.items() if kind != "bytes"}
         if what == "train" and not can["cuda"]:
             row["kept_bytes"] = fast["bytes"]
+    row["notes"] = [COMPILED] if not can["cuda"] and setting.wide < FP32 and most_experts(small) else []
     row["memory"] = {label: pair(memory[label], measured[label]) for label in memory}
     predicted = roofline(small, setting, can)
     row["seconds"] = {kind: pair(predicted[kind], times[kind]) for kind in predicted}
@@ -196,7 +200,7 @@ def shorter_rows(spec: ModelSpec, s: Setting) -> Cut:
 
 
 WIDTHS = {"gqa": ("heads", "kv_heads"), "mla": ("heads", "q_rank", "kv_rank"), "lightning": ("heads",),
-          "swiglu": ("hidden",), "moe": ("hidden", "shared_hidden")}  # fmt: skip
+          "delta": ("heads", "key_heads"), "swiglu": ("hidden",), "moe": ("hidden", "shared_hidden")}  # fmt: skip
 
 
 def narrower(spec: ModelSpec, s: Setting) -> Cut:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from trivet.model.blocks import Reach
 from trivet.model.cache import KVCache
 from trivet.model.chunks import PARTS, Placed, attend_chunks, temperature
-from trivet.model.layers import Layout, Linear, Norms, apply_rope, causal
+from trivet.model.layers import Layout, Linear, Norms, added, apply_rope, causal
 from trivet.model.sparse import attend_prompt
 from trivet.spec import GQA
 
@@ -88,10 +88,10 @@ def attend_documents(
         return attend_prompt(forms, k.transpose(1, 2), v.transpose(1, 2), scale, reach, layout.prompt).transpose(1, 2)
     apart = layout.apart()
     if apart is None:
-        return _attend_rows(q, k, v, layout.mask(window), scale)
+        return _attend_rows(q, k, v, layout.mask(window, v.dtype), scale)
     done = []
     for one_q, one_k, one_v in zip(apart.split(q), apart.split(k), apart.split(v), strict=True):
-        mask = None if window is None else causal(one_q.shape[1], window, q.device)
+        mask = None if window is None else added(causal(one_q.shape[1], window, q.device), v.dtype)
         done.append(_attend_rows(one_q, one_k, one_v, mask, scale))
     return apart.join(done, len(q))
 
@@ -103,7 +103,7 @@ def _attend_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: fl
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """softmax(q k^T scale) v for q [B,H,T,hd], k [B,K,S,hd], v [B,K,S,vd] -> [B,H,T,vd].
 
-    mask: bool [B,1,T,S], True where a key is seen; None: causal (T = S).
+    mask: [B,1,T,S] in v's type, -inf where a key is not seen, else 0; None: causal (T = S).
     """
     heads, kv_heads, width = q.shape[1], k.shape[1], v.shape[-1]
     if products_win(q, k, mask):
@@ -149,8 +149,7 @@ def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     pairs, group = batch * kv_heads, heads // kv_heads
     block = min(length, BLOCK.get(q.dtype, length)) if mask is None else length
     size = pairs if q.is_cuda else max(1, PIECE // (group * block * span))
-    seen = causal(length, length, q.device) if mask is None else mask  # [B,1,T,S] or [1,1,T,S]
-    bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, float("-inf"))
+    bias = added(causal(length, length, q.device), q.dtype) if mask is None else mask  # [B,1,T,S] or [1,1,T,S]
     if len(bias) > 1:
         bias = bias.expand(-1, kv_heads, -1, -1).reshape(pairs, 1, length, span)
     queries = (q * scale).reshape(pairs, group, length, -1)

@@ -190,7 +190,7 @@ class Layout:
     span: int | None = None
     prompt: Prompt | None = None  # what is known of all rows at once, so that no mask is needed
     _rotations: dict[tuple[Rope, Place | None], tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+    _masks: dict[tuple[int | None, torch.dtype], Tensor | None] = field(default_factory=dict)
     _documents: Tensor | None = None
     _apart: Apart | None = None
 
@@ -211,11 +211,12 @@ class Layout:
         """[B or 1, T] the position of each token, -1 where there is none."""
         return self.positions if self.positions is not None else torch.arange(self.length, device=self.device)[None]
 
-    def mask(self, window: int | None = None) -> Tensor | None:
-        """Who sees whom, bool [B,1,T,T] (training) or [B,1,T,S] (cached). None: plain causal."""
-        if window not in self._masks:
-            self._masks[window] = self._build_mask(window)
-        return self._masks[window]
+    def mask(self, window: int | None = None, dtype: torch.dtype = torch.bool) -> Tensor | None:
+        """Who sees whom [B,1,T,T] (training) or [B,1,T,S] (cached), as bool or as `added`. None: plain causal."""
+        if (window, dtype) not in self._masks:
+            seen = self._build_mask(window)
+            self._masks[window, dtype] = seen if seen is None or dtype == torch.bool else added(seen, dtype)
+        return self._masks[window, dtype]
 
     def documents(self) -> Tensor:
         """[B,T] document number of each token of the row (a position 0 opens the next one)."""
@@ -245,6 +246,11 @@ class Layout:
         doc = self.documents()
         same = (doc.unsqueeze(-1) == doc.unsqueeze(-2)).unsqueeze(1)
         return same & causal(self.length, window or self.length, self.device)
+
+
+def added(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask as what is added to scores, 0 or -inf: kernels make it of every mask, and keep it for backward."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
 def causal(length: int, window: int, device: torch.device) -> Tensor:

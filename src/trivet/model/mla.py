@@ -92,7 +92,8 @@ class LatentAttention(nn.Module):
         # Both per-head products run as H large matrix products over all B*T queries.
         q_c = (q_nope.flatten(0, 1).transpose(0, 1) @ w_uk).transpose(0, 1)  # [B*T,H,C]
         q = torch.cat((q_c.unflatten(0, (batch, length)), q_rope), -1)  # [B,T,H,C+rope]
+        mask = layout.mask(dtype=memory.dtype)
         # The values are the latents; the rotated key rides along, which is cheaper than cutting it off.
-        y = attend(q.transpose(1, 2), memory.unsqueeze(1), memory.unsqueeze(1), layout.mask(), self.scale)
+        y = attend(q.transpose(1, 2), memory.unsqueeze(1), memory.unsqueeze(1), mask, self.scale)
         y = y[..., : s.kv_rank].transpose(1, 2).flatten(0, 1).transpose(0, 1)  # [H,B*T,C]
         return (y @ w_uv.transpose(-1, -2)).transpose(0, 1).unflatten(0, (batch, length))

@@ -71,6 +71,8 @@ class _HeadLoss(torch.autograd.Function):
                 dz = dz.to(h.dtype)
                 torch.mm(dz, weight, out=d_hidden[part])
                 d_weight += dz.T @ h
+                del dz
+            del logp  # or the next chunk is made beside this one
         if wanted:
             ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
         return total
@@ -113,6 +115,7 @@ class _TokenLogprobs(torch.autograd.Function):
             dz = (dz / ctx.temperature).to(h.dtype)
             d_hidden[part] = dz @ weight
             d_weight += dz.T @ h
+            del logp, p, dz
         return d_hidden, d_weight.to(weight.dtype), None, None, None
 
 

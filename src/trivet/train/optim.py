@@ -10,8 +10,9 @@ bring every singular value to somewhere in 0.7..1.2, which is near enough. The u
 sqrt(max(1, rows/columns)). Weight decay is decoupled: w <- (1 - lr decay) w.
 
 AdamW (arXiv 1711.05101) takes embeddings, norms and biases; only those with two or more dimensions
-decay. Small models have many small matrices, so all matrices of one shape (or its transpose) go
-through one batched Newton-Schulz, and everything elementwise is one foreach call.
+decay. Small models have many small matrices, so matrices of one shape (or its transpose) go through
+Newton-Schulz together, and everything elementwise is one foreach call. Together are at most `STACK`
+numbers, or one matrix: what an update holds beside the moments does not grow with the depth.
 
 Left out: per-parameter learning rates, sharding over devices.
 """
@@ -19,7 +20,7 @@ Left out: per-parameter learning rates, sharding over devices.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -28,6 +29,8 @@ from torch import Tensor
 from trivet.config import UserError
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+# Numbers that Newton-Schulz works on at a time: enough to fill a GPU; a CPU is faster in memory that it has just used.
+STACK = {"cpu": 2**22, "cuda": 2**24}
 
 
 class Optimizer:
@@ -73,10 +76,15 @@ class Optimizer:
         grads = _grads(params)
         momenta = [self._momenta[name] for name in names]
         torch._foreach_lerp_(momenta, grads, 1 - self.momentum)
-        ahead = torch._foreach_lerp(grads, momenta, self.momentum)  # Nesterov
         if self.weight_decay:
             torch._foreach_mul_(params, 1 - lr * self.weight_decay)
-        torch._foreach_add_(params, orthogonalize_all(ahead), alpha=-lr)
+        whole = [g.contiguous() for g in grads]
+        cut = [[part for x in tensors for part in matrices(x)] for tensors in (params, whole, momenta)]
+        for stack in stacks(cut[0]):
+            some_params, some_grads, some_momenta = ([parts[i] for i in stack] for parts in cut)
+            ahead = torch._foreach_lerp(some_grads, some_momenta, self.momentum)  # Nesterov
+            torch._foreach_add_(some_params, orthogonalize(ahead), alpha=-lr)
+            del ahead
 
     def _adamw(self, lr: float) -> None:
         names = [name for name, p in self.others.items() if p.grad is not None]
@@ -121,21 +129,38 @@ class Optimizer:
         return {"momentum": self._momenta, "mean": self._means, "square": self._squares}
 
 
-def orthogonalize_all(updates: Sequence[Tensor]) -> list[Tensor]:
-    """Muon's update of many tensors [..., rows, columns] with one Newton-Schulz a shape."""
-    buckets: dict[tuple[int, int, torch.dtype, torch.device], list[int]] = {}
-    for i, u in enumerate(updates):
-        short, long = sorted(u.shape[-2:])
-        buckets.setdefault((short, long, u.dtype, u.device), []).append(i)
-    result: list[Tensor] = list(updates)
-    for (short, long, dtype, _), members in buckets.items():
-        lying = [_lie_down(updates[i]).reshape(-1, short, long) for i in members]
-        done = newton_schulz(torch.cat(lying)).to(dtype)  # [matrices, short, long]
-        for i, part in zip(members, done.split([len(x) for x in lying]), strict=True):
-            u = updates[i]
-            rows, columns = u.shape[-2:]
-            part = (part * math.sqrt(rows / columns)).mT if rows > columns else part
-            result[i] = part.reshape(u.shape)
+def matrices(x: Tensor) -> Sequence[Tensor]:
+    """Views [n, rows, columns] of x [..., rows, columns], each of as many numbers as a stack has or of one matrix."""
+    flat = x.view(-1, *x.shape[-2:])
+    return flat.split(max(1, most_numbers(x.device) // flat[0].numel()))
+
+
+def most_numbers(device: torch.device) -> int:
+    return STACK.get(device.type, STACK["cuda"])
+
+
+def stacks(parts: Sequence[Tensor]) -> Iterator[list[int]]:
+    """Which of the parts [n, rows, columns] go together: of one shape or its transpose, not too many numbers."""
+    open_: dict[tuple[int, int, torch.dtype, torch.device], list[int]] = {}
+    for i, x in enumerate(parts):
+        short, long = sorted(x.shape[-2:])
+        key = (short, long, x.dtype, x.device)
+        stack = open_.setdefault(key, [])
+        if stack and sum(parts[j].numel() for j in stack) + x.numel() > most_numbers(x.device):
+            yield stack
+            stack = open_[key] = []
+        stack.append(i)
+    yield from open_.values()
+
+
+def orthogonalize(updates: Sequence[Tensor]) -> list[Tensor]:
+    """Muon's update of tensors [n, rows, columns] of one shape or its transpose, by one Newton-Schulz."""
+    lying = [_lie_down(u) for u in updates]
+    done = newton_schulz(torch.cat(lying)).to(updates[0].dtype)  # [matrices, short, long]
+    result = []
+    for u, part in zip(updates, done.split([len(x) for x in lying]), strict=True):
+        rows, columns = u.shape[-2:]
+        result.append((part * math.sqrt(rows / columns)).mT if rows > columns else part)
     return result
 
 
