@@ -20,6 +20,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,9 +89,13 @@ class Chat:
         self.end_id = self._one(markers.end)
         self.syntax = SYNTAXES[markers.tool_syntax]
         self._tags_in_text()
-        self.continuing_ids = self.encode_text(markers.continuing_message)
         closing = [*self.encode_text(markers.closing_message), self.think_close_id]
         self.closing_ids = closing if self.think_close_id >= 0 else []  # no tags: nothing to close
+
+    @cached_property
+    def continuing_ids(self) -> list[int]:
+        """The continuing message. Raises UserError where the tokenizer can't write it."""
+        return self.encode_text(self.markers.continuing_message)
 
     def environment(self) -> ImmutableSandboxedEnvironment:
         """What a template may do."""

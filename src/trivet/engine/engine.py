@@ -297,7 +297,9 @@ class Engine:
         if not ready.any():
             return
         ahead = self.drafter.ahead if self.drafter is not None else 0
-        forced = max(len(self.chat.closing_ids), len(self.chat.continuing_ids))
+        forced = len(self.chat.closing_ids)
+        if rows.least[:n].any():
+            forced = max(forced, len(self.chat.continuing_ids))
         most = int(rows.wanted[:n].max()) + 1 + ahead + forced
         rows.reserve(n, min(most, self.slots), self.max_rows)
         known, start = rows.wanted[:n].copy(), rows.computed[:n].copy()

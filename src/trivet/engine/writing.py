@@ -140,6 +140,8 @@ class Writer:
     ) -> np.ndarray:
         """Rows whose thought would close before its minimum, or not be opened, while there is room for more."""
         r = rows
+        if not r.least[which].any():
+            return np.zeros(len(which), bool)
         short = (r.thought[which] + r.waited[which] < r.least[which]) & (r.thought[which] < r.budget[which])
         room = produced + len(self.chat.continuing_ids) < r.last_thought[which]
         return short & room & ((thinking & closes) | (~thinking & ~opens & (produced == 0)))
