@@ -16,12 +16,10 @@ from test_house import run_python
 from test_model_zoo import FFNS, MIXERS, PATTERNS, D, noisy, spec_of, tokens_of
 from trivet.config import UserError
 from trivet.hub import known_model
-from trivet.measure import memory, trial
+from trivet.measure import activations, memory, trial
+from trivet.measure.activations import BUSY, KEPT, Setting
 from trivet.measure.memory import (
-    BUSY,
-    KEPT,
     MATRICES,
-    Setting,
     forward_kept,
     serving_bytes,
     training_memory,
@@ -326,8 +324,8 @@ def test_a_plan_of_training_loads_no_torch() -> None:
 
 
 def test_what_is_copied_from_rooms_with_torch_is_still_true() -> None:
-    assert (memory.CHUNK, memory.DELTA_CHUNK, memory.LOGITS) == (linear.CHUNK, delta.CHUNK, losses.CHUNK)
-    assert (memory.MOST_SCORES, memory.LONGEST) == (attention.MOST_SCORES, attention.LONGEST[torch.bfloat16])
-    assert memory.GROUP == ffn.GROUP_MULTIPLE[("cpu", 2)]
+    assert (activations.CHUNK, activations.DELTA_CHUNK, memory.LOGITS) == (linear.CHUNK, delta.CHUNK, losses.CHUNK)
+    assert (activations.MOST_SCORES, activations.LONGEST) == (attention.MOST_SCORES, attention.LONGEST[torch.bfloat16])
+    assert activations.GROUP == ffn.GROUP_MULTIPLE[("cpu", 2)]
     assert memory.STACK == optim.STACK
     assert inspect.signature(newton_schulz).parameters["steps"].default == trial.NEWTON_SCHULZ

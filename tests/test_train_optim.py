@@ -78,6 +78,20 @@ def test_stacks_hold_what_they_may_and_change_nothing(most: int, monkeypatch: py
     assert max(sizes) == {1: 96, 100: 96, 192: 192, 480: 480}.get(most, 16 * 96)
 
 
+def test_matrices_may_lie_in_memory_as_they_like() -> None:
+    made = parameters([(5, 2, 8, 12), (3, 12, 8)])
+    turned = {"p0": made["p0"].detach().transpose(0, 1), "p1": made["p1"].detach().mT}
+    alike = {name: p.contiguous() for name, p in turned.items()}
+    assert not any(p.is_contiguous() for p in turned.values())
+    before = {name: p.clone() for name, p in alike.items()}
+    for params in (turned, alike):
+        set_gradients({name: p.requires_grad_() for name, p in params.items()}, 0)
+        Optimizer({"matrices": params, "others": {}}).step()
+    for name in turned:
+        torch.testing.assert_close(turned[name], alike[name])
+        assert float((turned[name] - before[name]).detach().abs().mean()) > 1e-4
+
+
 def test_a_stack_that_is_cut_in_a_matrix_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin: half of a matrix made orthogonal is not half of the orthogonal matrix."""
     right = optim.matrices

@@ -21,7 +21,8 @@ from pydantic import Field
 from trivet.config import UserError, nearest, read_toml, validate
 from trivet.hub import Described, known_model, known_names, read_config_file
 from trivet.hub.base import base_of, is_adapter
-from trivet.measure.memory import Setting, training_memory
+from trivet.measure.activations import Setting
+from trivet.measure.memory import training_memory
 from trivet.spec import Frozen, ModelSpec
 
 BF16, FP32 = 2, 4

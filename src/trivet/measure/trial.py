@@ -18,7 +18,8 @@ import sys
 from typing import Any
 
 from trivet.config import UserError
-from trivet.measure.memory import FP32, Setting, matrices, modules, serving_bytes, training_memory
+from trivet.measure.activations import FP32, Setting
+from trivet.measure.memory import matrices, modules, serving_bytes, training_memory
 from trivet.spec import ModelSpec, MoE
 from trivet.spec.pattern import expand_pattern
 
@@ -57,7 +58,8 @@ def try_out(name: str, spec: ModelSpec, setting: Setting, device: str = "auto") 
         times |= {kind: spent for kind, spent in fast.items() if kind != "bytes"}
         if what == "train" and not can["cuda"]:
             row["kept_bytes"] = fast["bytes"]
-    row["notes"] = [COMPILED] if not can["cuda"] and setting.wide < FP32 and most_experts(small) else []
+    grouped = any(isinstance(layer.ffn, MoE) for layer in small.layers)
+    row["notes"] = [COMPILED] if grouped and not can["cuda"] and setting.wide < FP32 else []
     row["memory"] = {label: pair(memory[label], measured[label]) for label in memory}
     predicted = roofline(small, setting, can)
     row["seconds"] = {kind: pair(predicted[kind], times[kind]) for kind in predicted}

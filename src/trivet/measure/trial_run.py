@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from trivet.measure.memory import Setting
+from trivet.measure.activations import Setting
 from trivet.model import Transformer
 from trivet.spec import GQA, ModelSpec, Rope, SwiGLU
 from trivet.train.data import Document, lay_out

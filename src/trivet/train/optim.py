@@ -78,8 +78,7 @@ class Optimizer:
         torch._foreach_lerp_(momenta, grads, 1 - self.momentum)
         if self.weight_decay:
             torch._foreach_mul_(params, 1 - lr * self.weight_decay)
-        whole = [g.contiguous() for g in grads]
-        cut = [[part for x in tensors for part in matrices(x)] for tensors in (params, whole, momenta)]
+        cut = [[part for x in tensors for part in matrices(x)] for tensors in (params, grads, momenta)]
         for stack in stacks(cut[0]):
             some_params, some_grads, some_momenta = ([parts[i] for i in stack] for parts in cut)
             ahead = torch._foreach_lerp(some_grads, some_momenta, self.momentum)  # Nesterov
@@ -129,10 +128,12 @@ class Optimizer:
         return {"momentum": self._momenta, "mean": self._means, "square": self._squares}
 
 
-def matrices(x: Tensor) -> Sequence[Tensor]:
+def matrices(x: Tensor) -> list[Tensor]:
     """Views [n, rows, columns] of x [..., rows, columns], each of as many numbers as a stack has or of one matrix."""
-    flat = x.view(-1, *x.shape[-2:])
-    return flat.split(max(1, most_numbers(x.device) // flat[0].numel()))
+    if x.ndim > 3:  # one by one: a tensor that was read from a checkpoint need not be contiguous
+        return [part for some in x for part in matrices(some)]
+    flat = x if x.ndim == 3 else x.unsqueeze(0)
+    return list(flat.split(max(1, most_numbers(x.device) // flat[0].numel())))
 
 
 def most_numbers(device: torch.device) -> int:
