@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trivet.config import UserError
-from trivet.model.layers import Float32Buffers, Layout, as_autocast, exact
+from trivet.model.layers import Float32Buffers, Layout, as_autocast, exact, linear
+from trivet.model.native import FEW_CHOICES, kernels
 from trivet.spec import MoE, SwiGLU
 
 
@@ -73,9 +74,13 @@ class DenseFFN(nn.Module):
         return cls(spec.hidden, d_model)
 
     def forward(self, x: Tensor, layout: Layout | None = None, routing: Routing | None = None) -> Tensor:
-        gate, up = F.linear(x, self.gate_up.flatten(0, 1)).chunk(2, -1)
+        both = linear(x, self.gate_up)  # [...,2F]
+        fast = kernels(both) if not self.lora else None
+        if fast is not None:
+            return linear(fast.silu_mul(both), self.down)
+        gate, up = both.chunk(2, -1)
         h = F.silu(self._adapted(gate, "gate", x)) * self._adapted(up, "up", x)
-        return self._adapted(F.linear(h, self.down), "down", h)
+        return self._adapted(linear(h, self.down), "down", h)
 
     def _adapted(self, y: Tensor, part: str, x: Tensor) -> Tensor:
         return y + self.lora[part](x) if part in self.lora else y
@@ -118,7 +123,7 @@ class MoEFFN(Float32Buffers):
         gates = (gates * self.spec.scale).to(x.dtype)
         if routing is not None:
             self._record(routing, scores, chosen, x.shape, layout)
-        form = pick_form(self.spec, x.shape[-1], len(flat), x.element_size(), x.device.type)
+        form = self._form(flat)
         y = form(flat, chosen, gates, self.gate_up, self.down)
         if self.shared is not None:
             always = self.shared(flat)
@@ -126,6 +131,12 @@ class MoEFFN(Float32Buffers):
                 always = F.linear(flat, self.shared_gate).sigmoid() * always
             y = y + always
         return y.view_as(x)
+
+    def _form(self, flat: Tensor) -> Form:
+        fast = kernels(flat, self.gate_up, self.down)
+        if fast is not None and len(flat) * self.spec.top_k <= FEW_CHOICES * self.spec.experts:
+            return fast.experts
+        return pick_form(self.spec, flat.shape[-1], len(flat), flat.element_size(), flat.device.type)
 
     def _scores(self, x: Tensor) -> Tensor:
         with exact(x):

@@ -24,7 +24,7 @@ from trivet.model.attention import Attention
 from trivet.model.cache import LayerCache
 from trivet.model.delta import GatedDelta
 from trivet.model.ffn import DenseFFN, MoEFFN, Routing
-from trivet.model.layers import Layout, Linear, Norms, RMSNorm
+from trivet.model.layers import Layout, Linear, Norms, RMSNorm, linear
 from trivet.model.linear import LightningAttention
 from trivet.model.mla import LatentAttention
 from trivet.model.prompt import Prompt
@@ -170,7 +170,7 @@ class Transformer(nn.Module):
         return self._leave(stream, self.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.head_weight)
+        return linear(hidden, self.head_weight)
 
     @property
     def head_weight(self) -> Tensor:
