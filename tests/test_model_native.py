@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from test_model_zoo import PATTERNS, gap, noisy, spec_of, tokens_of
 from trivet.model import native
 from trivet.model.attention import attend
-from trivet.model.ffn import fused
+from trivet.model.ffn import MoEFFN, fused
 from trivet.model.layers import apply_rope
 from trivet.model.native import Kernels, build
+from trivet.spec import MoE
 
 TYPES = (torch.float32, torch.bfloat16)
 ROWS = (1, 2, 3, 7, 17)
@@ -89,6 +91,25 @@ def test_experts(fast: Kernels, dtype: torch.dtype) -> None:
         assert not same(fast.experts(x, chosen.flip(-1), gates, gate_up, down), exact, dtype)
     with pytest.raises(RuntimeError, match="no such expert"):
         fast.experts(x, chosen + 6, gates, gate_up, down)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_route(fast: Kernels, dtype: torch.dtype, score: str) -> None:
+    for norm in (False, True):
+        spec = MoE(experts=37, top_k=3, hidden=8, score=score, norm_topk=norm, scale=2.5)  # type: ignore[arg-type]
+        layer = MoEFFN(spec, 40).to(dtype)
+        layer.router.copy_(numbers(37, 40, dtype=dtype) / 6)
+        layer.bias.copy_(numbers(37) / 9)
+        x = numbers(29, 40, dtype=dtype)
+        got = fast.route(x, layer.router, layer.bias, 3, score == "softmax", norm, 2.5)
+        with torch.inference_mode(False), torch.no_grad():  # the PyTorch form
+            exact = layer._route(x, None)
+        assert (got[0] - exact[0]).abs().max() < 1e-6 and torch.equal(got[1], exact[1])
+        assert same(got[2], exact[2].double(), dtype)
+        for bias, again in ((None, norm), (layer.bias, not norm)):
+            broken = fast.route(x, layer.router, bias, 3, score == "softmax", again, 2.5)
+            assert not (torch.equal(broken[1], exact[1]) and same(broken[2], exact[2].double(), dtype))
 
 
 # ----------------------------------------------------------------------------------------- attention
@@ -201,3 +222,23 @@ def test_no_compiler_is_said(compiler: str, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("CXX", compiler)
     with pytest.warns(UserWarning, match="No decode kernels"):
         assert build.load.__wrapped__() is None
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_decoding_with_kernels_equals_the_full_pass(fast: Kernels, name: str) -> None:
+    tokens = tokens_of(3, 15)
+    with torch.inference_mode(False), torch.no_grad():  # PyTorch only
+        model = noisy(spec_of(PATTERNS[name]))
+        exact = model(tokens)
+
+    def decode(wrong: float) -> Tensor:
+        caches, done, out = model.new_caches(3, 15), 0, []
+        for size in (8, 1, 1, 3, 1, 1):
+            positions = torch.arange(done, done + size).expand(3, -1)
+            out.append(model(tokens[:, done : done + size], positions, caches, span=done + size))
+            done += size
+            caches[-1].tensors[0][:] *= 1 + wrong
+        return torch.cat(out, 1)
+
+    assert gap(decode(0.0), exact) < 1e-5
+    assert gap(decode(0.1), exact) > 1e-3

@@ -54,7 +54,7 @@ Norms = Callable[[int], RMSNorm]  # width -> a norm in the style of the model
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [...,in] -> [...,out] = x weight^T + bias, for a weight [...,in] whose leading dimensions are its rows."""
     fast = kernels(x, weight)
-    if fast is not None and x.numel() <= FEW_ROWS[x.dtype] * x.shape[-1]:
+    if fast is not None and x.numel() <= FEW_ROWS * x.shape[-1] and weight.is_contiguous():
         return fast.linear(x, weight, bias)
     return F.linear(x, weight.flatten(0, -2), bias)
 

@@ -105,6 +105,6 @@ class LatentAttention(nn.Module):
 def per_head(x: Tensor, weight: Tensor) -> Tensor:
     """x [N,H,in], weight [H,in,out] -> [N,H,out]: every head's own matrix, over all N rows at once."""
     fast = kernels(x, weight)
-    if fast is not None and len(x) <= FEW_ROWS[x.dtype]:
+    if fast is not None and len(x) <= FEW_ROWS:
         return fast.per_head(x, weight)
     return (x.transpose(0, 1) @ weight).transpose(0, 1)

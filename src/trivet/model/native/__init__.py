@@ -23,7 +23,8 @@ from torch import Tensor
 from trivet.model.native.build import load
 
 # Rows up to which a kernel beats the library's product, which reuses a weight better (docs/LOG.md).
-FEW_ROWS = {torch.float32: 64, torch.bfloat16: 32}
+TYPES = (torch.float32, torch.bfloat16)
+FEW_ROWS = 64
 FEW_QUERIES = 8  # of a row: more are a prompt's piece, for which keys should be read once for many queries
 FEW_CHOICES = 16  # (token, choice) pairs for each expert, on average
 
@@ -55,6 +56,12 @@ class Kernels(Protocol):
         """x [...,2F], gates and then ups -> silu(gate) up [...,F]."""
         ...
 
+    def route(
+        self, x: Tensor, router: Tensor, bias: Tensor | None, top_k: int, softmax: bool, norm: bool, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [N,D], router [E,D], bias [E] in fp32 -> scores [N,E] in fp32, chosen [N,k], gates [N,k]. Without groups."""
+        ...
+
     def experts(self, x: Tensor, chosen: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         """A `Form` of ffn.py: the chosen experts' rows only, each read once for all of its tokens."""
         ...
@@ -70,8 +77,11 @@ class Kernels(Protocol):
 
 def kernels(x: Tensor, *others: Tensor) -> Kernels | None:
     """The kernels, if they can take these tensors and nobody will ask for a gradient; else None."""
-    if not torch.is_inference_mode_enabled() or not x.is_cpu or x.dtype not in FEW_ROWS:
+    if not torch.is_inference_mode_enabled() or x.dtype not in TYPES or not x.is_cpu:
         return None
-    if torch.is_autocast_enabled("cpu") or any(t.dtype != x.dtype for t in others):
+    for other in others:  # a loop, because this runs a hundred times a token
+        if other.dtype != x.dtype:
+            return None
+    if torch.is_autocast_enabled("cpu"):
         return None
-    return load()  # type: ignore[return-value]
+    return load()

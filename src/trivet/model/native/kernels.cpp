@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <tuple>
 #include <vector>
 
 #include "products.h"
@@ -224,6 +225,46 @@ Tensor silu_mul(const Tensor& x_) {
   return y;
 }
 
+// x [N,D], router [E,D], bias [E] in fp32 -> scores [N,E] in fp32, chosen [N,k] best first, gates [N,k].
+std::tuple<Tensor, Tensor, Tensor> route(const Tensor& x_, const Tensor& router, const optional<Tensor>& bias,
+                                         int64_t top_k, bool softmax_scores, bool norm, double scale) {
+  Tensor x = x_.contiguous();
+  int64_t n = x.size(0), width = x.size(1), number = router.size(0), room = whole(number, BLOCK);
+  TORCH_CHECK(router.is_contiguous() && router.size(1) == width && router.scalar_type() == x.scalar_type(), "route: router");
+  TORCH_CHECK(!bias || (bias->scalar_type() == at::kFloat && bias->numel() == number), "route: bias");
+  TORCH_CHECK(top_k <= number, "route: more choices than experts");
+  Tensor scores = at::empty({n, number}, x.options().dtype(at::kFloat));
+  Tensor chosen = at::empty({n, top_k}, x.options().dtype(at::kLong)), gates = at::empty({n, top_k}, x.options());
+  const float* add = bias ? data<float>(*bias) : nullptr;
+  by_type(x, [&](auto tag) {
+    using T = decltype(tag);
+    spread(n, number * width * sizeof(T), [&](int64_t begin, int64_t end) {
+      std::vector<float> s(room), ranked(number);
+      for (int64_t row = begin; row < end; row++) {
+        const T* a = data<T>(x) + row * width;
+        for (int64_t e = 0; e < number; e += BLOCK)
+          dots(&a, 1, data<T>(router) + e * width, width, std::min(BLOCK, number - e), width, &s[e], room);
+        if (softmax_scores)
+          softmax(s.data(), number, 1.0f);
+        else
+          for (int64_t e = 0; e < number; e++) s[e] = 1.0f / (1.0f + std::exp(-s[e]));
+        std::memcpy(data<float>(scores) + row * number, s.data(), number * sizeof(float));
+        for (int64_t e = 0; e < number; e++) ranked[e] = s[e] + (add ? add[e] : 0.0f);
+        int64_t* mine = data<int64_t>(chosen) + row * top_k;
+        float total = 0;
+        for (int64_t c = 0; c < top_k; c++) {
+          mine[c] = std::max_element(ranked.begin(), ranked.end()) - ranked.begin();
+          ranked[mine[c]] = -INFINITY;
+          total += s[mine[c]];
+        }
+        for (int64_t c = 0; c < top_k; c++)
+          put(s[mine[c]] / (norm ? total + 1e-20f : 1.0f) * float(scale), data<T>(gates) + row * top_k + c);
+      }
+    });
+  });
+  return {scores, chosen, gates};
+}
+
 // x [N,D], chosen [N,k] experts, gates [N,k], gate_up [E,2,F,D], down [E,F,D] -> [N,D]
 // Only the rows of chosen experts are read, each once for all of its tokens.
 Tensor experts(const Tensor& x_, const Tensor& chosen, const Tensor& gates_, const Tensor& gate_up, const Tensor& down) {
@@ -351,6 +392,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("attend", &attend, free());
   m.def("remember", &remember, free());
   m.def("silu_mul", &silu_mul, free());
+  m.def("route", &route, free());
   m.def("experts", &experts, free());
   m.def("rms_norm", &rms_norm, free());
   m.def("rotate", &rotate, free());
