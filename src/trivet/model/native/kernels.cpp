@@ -168,8 +168,10 @@ Tensor attend(const Tensor& q_, const Tensor& k, const Tensor& v, const Tensor& 
         const T* keys = data<T>(k) + row * k.stride(0) + kv * k.stride(2) + first * k.stride(1);
         const T* values = data<T>(v) + row * v.stride(0) + kv * v.stride(2) + first * v.stride(1);
         for (int64_t i = 0; i < count; i++) a[i] = data<T>(q) + (head + i) * width;
-        for (int64_t s = 0; s < n; s += BLOCK)
+        for (int64_t s = 0; s < n; s += BLOCK) {
+          ahead(values + s * v.stride(1), v.stride(1), std::min(BLOCK, n - s), value_width);
           dots(a, count, keys + s * k.stride(1), k.stride(1), std::min(BLOCK, n - s), width, &scores[s], score_room);
+        }
         for (int64_t i = 0; i < count; i++) softmax(&scores[i * score_room], n, float(scale));
         std::fill(total.begin(), total.end(), 0.0f);
         mix(from, count, values, v.stride(1), n, value_width, into);

@@ -187,6 +187,13 @@ void dots(const T* const* a, int64_t count, const T* b, int64_t stride, int64_t 
   });
 }
 
+// Asks for `rows` rows of b: the memory answers while something else is computed.
+template <class T>
+inline void ahead(const T* b, int64_t stride, int64_t rows, int64_t width) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t k = 0; k < width; k += int64_t(64 / sizeof(T))) __builtin_prefetch(b + r * stride + k);
+}
+
 // into[i] += sum_r p[i][r] b_r, where into has whole packs in the order of their parts (see `finish`).
 template <class T>
 void mix(const float* const* p, int64_t count, const T* b, int64_t stride, int64_t rows, int64_t width,
@@ -194,6 +201,7 @@ void mix(const float* const* p, int64_t count, const T* b, int64_t stride, int64
   constexpr int size = Pack<T>::size, parts = Pack<T>::parts;
   for (int64_t start = 0; start < rows; start += CHUNK) {
     int64_t end = std::min(rows, start + CHUNK);
+    ahead(b + end * stride, stride, std::min(CHUNK, rows - end), width);
     for (int64_t k = 0; k < width; k += size) {
       tiles<8>(count, [&](auto tile, int64_t i) {
         constexpr int M = decltype(tile)::value;
