@@ -17,6 +17,7 @@ from trivet.model.blocks import Reach
 from trivet.model.cache import KVCache
 from trivet.model.chunks import PARTS, Placed, attend_chunks, temperature
 from trivet.model.layers import Layout, Linear, Norms, added, apply_rope, causal
+from trivet.model.native import FEW_QUERIES, kernels
 from trivet.model.sparse import attend_prompt
 from trivet.spec import GQA
 
@@ -43,11 +44,11 @@ class Attention(nn.Module):
         k = self._normed(self.k_proj(x), self.k_norm)  # [B,T,K,hd]
         v = self.v_proj(x).unflatten(-1, (s.kv_heads, s.head_dim))
         if s.chunks is None:
-            q, k = (self._rotate(x, layout.rotation(s.rope)) for x in (q, k))
+            q, k = (apply_rope(x, layout.rotation(s.rope), s.rope.interleaved) for x in (q, k))
         else:  # q [3,B,T,H,hd]: one rotation for each kind of chunk, and keys turned once
             turns = [layout.rotation(s.rope, Placed(s.chunks, part)) for part in PARTS]
-            k = self._rotate(k, turns[0])
-            q = torch.stack([self._rotate(q, turn) for turn in turns])
+            k = apply_rope(k, turns[0], s.rope.interleaved)
+            q = torch.stack([apply_rope(q, turn, s.rope.interleaved) for turn in turns])
             if s.chunks.original_length is not None:
                 q = q * temperature(layout.at(), s.chunks.original_length)[..., None, None].to(q.dtype)
         if cache is not None:
@@ -67,25 +68,22 @@ class Attention(nn.Module):
         x = x.unflatten(-1, (-1, self.spec.head_dim))
         return norm(x) if self.spec.qk_norm_over == "head" else x
 
-    def _rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        rope = self.spec.rope
-        if rope.dims == 0:
-            return x
-        turned = apply_rope(x[..., : rope.dims], rotation, rope.interleaved)
-        return turned if rope.dims == x.shape[-1] else torch.cat((turned, x[..., rope.dims :]), -1)
-
 
 def attend_documents(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None = None
 ) -> Tensor:
     """Attention within each document of a call: q [B,T,H,hd], k [B,S,K,hd], v [B,S,K,vd] -> [B,T,H,vd].
 
-    Three forms: masked rows, document by document where packed rows would mostly compute what is masked, and a
-    prompt's piece in blocks.
+    Four forms: masked rows, document by document where packed rows would mostly compute what is masked, a
+    prompt's piece in blocks, and a kernel for the few queries of a step of decoding.
     """
     if layout.prompt is not None:
         forms, reach = q.transpose(1, 2).unsqueeze(0), Reach(window)
         return attend_prompt(forms, k.transpose(1, 2), v.transpose(1, 2), scale, reach, layout.prompt).transpose(1, 2)
+    fast = kernels(q, k, v)
+    if fast is not None and layout.cached and q.shape[1] <= FEW_QUERIES:
+        assert layout.positions is not None
+        return fast.attend(q, k, v, layout.positions, scale, window)
     apart = layout.apart()
     if apart is None:
         return _attend_rows(q, k, v, layout.mask(window, v.dtype), scale)

@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from trivet.model.native import kernels
 from trivet.spec import GQA, MLA, GatedDeltaNet, Lightning
 
 
@@ -106,11 +107,20 @@ class KVCache(_Rows):
 
     def update(self, k: Tensor, v: Tensor, positions: Tensor, span: int) -> tuple[Tensor, Tensor]:
         """Write k, v [B,T,K,hd] at positions [B,T]; return what may be read, [B,K,span,hd] each."""
+        fast = kernels(k, v, *self.tensors)
+        if fast is not None:
+            for store, fresh in zip(self.tensors, (k, v), strict=True):
+                fast.remember(store.transpose(1, 2), fresh, positions)
+            return self._read(len(positions), span)
         rows = torch.arange(len(positions), device=positions.device).unsqueeze(-1)
         keys, values = self.tensors
         keys[rows, :, positions] = k.to(keys.dtype)
         values[rows, :, positions] = v.to(values.dtype)
-        return keys[: len(positions), :, :span], values[: len(positions), :, :span]
+        return self._read(len(positions), span)
+
+    def _read(self, rows: int, span: int) -> tuple[Tensor, Tensor]:
+        keys, values = self.tensors
+        return keys[:rows, :, :span], values[:rows, :, :span]
 
 
 class LatentCache(_Rows):
@@ -123,9 +133,13 @@ class LatentCache(_Rows):
 
     def update(self, latent: Tensor, positions: Tensor, span: int) -> Tensor:
         """Write latent [B,T,C+R] at positions [B,T]; return what may be read, [B,span,C+R]."""
-        rows = torch.arange(len(positions), device=positions.device).unsqueeze(-1)
         (store,) = self.tensors
-        store[rows, positions] = latent.to(store.dtype)
+        fast = kernels(latent, store)
+        if fast is not None:
+            fast.remember(store.unsqueeze(2), latent.unsqueeze(2), positions)
+        else:
+            rows = torch.arange(len(positions), device=positions.device).unsqueeze(-1)
+            store[rows, positions] = latent.to(store.dtype)
         return store[: len(positions), :span]
 
 

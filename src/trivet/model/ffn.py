@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trivet.config import UserError
-from trivet.model.layers import Float32Buffers, Layout, as_autocast, exact
+from trivet.model.layers import Float32Buffers, Layout, as_autocast, exact, linear
+from trivet.model.native import FEW_CHOICES, FEW_ROWS, kernels
 from trivet.spec import MoE, SwiGLU
 
 
@@ -73,9 +74,13 @@ class DenseFFN(nn.Module):
         return cls(spec.hidden, d_model)
 
     def forward(self, x: Tensor, layout: Layout | None = None, routing: Routing | None = None) -> Tensor:
-        gate, up = F.linear(x, self.gate_up.flatten(0, 1)).chunk(2, -1)
+        both = linear(x, self.gate_up)  # [...,2F]
+        fast = kernels(both) if not self.lora else None
+        if fast is not None:
+            return linear(fast.silu_mul(both), self.down)
+        gate, up = both.chunk(2, -1)
         h = F.silu(self._adapted(gate, "gate", x)) * self._adapted(up, "up", x)
-        return self._adapted(F.linear(h, self.down), "down", h)
+        return self._adapted(linear(h, self.down), "down", h)
 
     def _adapted(self, y: Tensor, part: str, x: Tensor) -> Tensor:
         return y + self.lora[part](x) if part in self.lora else y
@@ -107,18 +112,10 @@ class MoEFFN(Float32Buffers):
     def forward(self, x: Tensor, layout: Layout | None = None, routing: Routing | None = None) -> Tensor:
         """x [B,T,D] -> [B,T,D]."""
         flat = x.flatten(0, 1)  # [N,D]
-        scores = self._scores(flat)  # [N,E]
-        if routing is not None and routing.replay is not None:
-            chosen = routing.replay[len(routing.experts)].flatten(0, 1)  # [N,k]
-        else:
-            chosen = self._choose(scores.detach())
-        gates = scores.gather(1, chosen)  # [N,k]
-        if self.spec.norm_topk:
-            gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
-        gates = (gates * self.spec.scale).to(x.dtype)
+        scores, chosen, gates = self._route(flat, routing)
         if routing is not None:
             self._record(routing, scores, chosen, x.shape, layout)
-        form = pick_form(self.spec, x.shape[-1], len(flat), x.element_size(), x.device.type)
+        form = self._form(flat)
         y = form(flat, chosen, gates, self.gate_up, self.down)
         if self.shared is not None:
             always = self.shared(flat)
@@ -126,6 +123,30 @@ class MoEFFN(Float32Buffers):
                 always = F.linear(flat, self.shared_gate).sigmoid() * always
             y = y + always
         return y.view_as(x)
+
+    def _route(self, flat: Tensor, routing: Routing | None) -> tuple[Tensor, Tensor, Tensor]:
+        """[N,D] -> scores [N,E], chosen experts [N,k], their gates [N,k]."""
+        s, replay = self.spec, routing.replay if routing is not None else None
+        fast = kernels(flat, self.router)
+        if fast is not None and replay is None and s.groups == 1 and len(flat) <= FEW_ROWS:
+            bias = self.bias if s.selection_bias else None
+            return fast.route(flat, self.router, bias, s.top_k, s.score == "softmax", s.norm_topk, s.scale)
+        scores = self._scores(flat)
+        if routing is not None and replay is not None:
+            chosen = replay[len(routing.experts)].flatten(0, 1)
+        else:
+            chosen = self._choose(scores.detach())
+        gates = scores.gather(1, chosen)
+        if s.norm_topk:
+            gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
+        return scores, chosen, (gates * s.scale).to(flat.dtype)
+
+    def _form(self, flat: Tensor) -> Form:
+        fast = kernels(flat, self.gate_up, self.down)
+        whole = self.gate_up.is_contiguous() and self.down.is_contiguous()
+        if fast is not None and whole and len(flat) * self.spec.top_k <= FEW_CHOICES * self.spec.experts:
+            return fast.experts
+        return pick_form(self.spec, flat.shape[-1], len(flat), flat.element_size(), flat.device.type)
 
     def _scores(self, x: Tensor) -> Tensor:
         with exact(x):

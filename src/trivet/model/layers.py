@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trivet.model.native import FEW_ROWS, kernels
 from trivet.model.packed import WORTH_IT, Apart
 from trivet.model.prompt import Prompt
 from trivet.spec import Rope, Yarn
@@ -38,6 +39,9 @@ class RMSNorm(nn.Module):
         self.eps, self.centred = eps, centred
 
     def forward(self, x: Tensor) -> Tensor:
+        fast = kernels(x, self.weight)
+        if fast is not None:
+            return fast.rms_norm(x, self.weight, self.eps, self.centred)
         if self.centred:
             return F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).to(x.dtype)
         # Under autocast x may be bf16: with a weight of another type there is no fused kernel.
@@ -48,6 +52,14 @@ Norms = Callable[[int], RMSNorm]  # width -> a norm in the style of the model
 
 
 ALL = slice(None)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [...,in] -> [...,out] = x weight^T + bias, for a weight [...,in] whose leading dimensions are its rows."""
+    fast = kernels(x, weight)
+    if fast is not None and x.numel() <= FEW_ROWS * x.shape[-1] and weight.is_contiguous():
+        return fast.linear(x, weight, bias)
+    return F.linear(x, weight.flatten(0, -2), bias)
 
 
 class Adapter(nn.Module):
@@ -80,7 +92,7 @@ class Linear(nn.Linear):
         """Nothing: the Transformer initialises every weight in one function."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
+        y = linear(x, self.weight, self.bias)
         return y if self.lora is None else y + self.lora(x)
 
     def some(self, x: Tensor, rows: slice) -> Tensor:
@@ -161,7 +173,15 @@ def rotation_amplitude(rope: Rope) -> float:
 
 
 def apply_rope(x: Tensor, rotation: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
-    """Rotate x [B,T,heads,dims] by (cos, sin), each [B,T,dims/2]."""
+    """Rotate the first `dims` numbers of x [B,T,heads,hd] by (cos, sin), each [B or 1,T,dims/2]."""
+    dims = 2 * rotation[0].shape[-1]
+    if dims == 0:
+        return x
+    fast = kernels(x)
+    if fast is not None:
+        return fast.rotate(x, *rotation, interleaved)
+    if dims < x.shape[-1]:
+        return torch.cat((apply_rope(x[..., :dims], rotation, interleaved), x[..., dims:]), -1)
     cos, sin = (part.unsqueeze(2).to(x.dtype) for part in rotation)  # [B,T,1,dims/2]
     if interleaved:
         a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # [B,T,heads,dims/2] each

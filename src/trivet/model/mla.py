@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from trivet.model.attention import attend, attend_documents
 from trivet.model.cache import LatentCache
 from trivet.model.layers import Layout, Linear, Norms, apply_rope, yarn_temperature
+from trivet.model.native import FEW_QUERIES, FEW_ROWS, kernels
 from trivet.spec import MLA
 
 EXPANDED = 2**19  # numbers of keys and values that a prompt's piece has at a time, if a head has no more
@@ -89,11 +90,25 @@ class LatentAttention(nn.Module):
         up = self.kv_up.matrix().view(s.heads, s.nope_dim + s.v_dim, s.kv_rank)  # [H,nope+v,C]
         w_uk, w_uv = up.split((s.nope_dim, s.v_dim), 1)
         batch, length = q_nope.shape[:2]
-        # Both per-head products run as H large matrix products over all B*T queries.
-        q_c = (q_nope.flatten(0, 1).transpose(0, 1) @ w_uk).transpose(0, 1)  # [B*T,H,C]
+        q_c = per_head(q_nope.flatten(0, 1), w_uk)  # [B*T,H,C]
         q = torch.cat((q_c.unflatten(0, (batch, length)), q_rope), -1)  # [B,T,H,C+rope]
-        mask = layout.mask(dtype=memory.dtype)
         # The values are the latents; the rotated key rides along, which is cheaper than cutting it off.
-        y = attend(q.transpose(1, 2), memory.unsqueeze(1), memory.unsqueeze(1), mask, self.scale)
-        y = y[..., : s.kv_rank].transpose(1, 2).flatten(0, 1).transpose(0, 1)  # [H,B*T,C]
-        return (y @ w_uv.transpose(-1, -2)).transpose(0, 1).unflatten(0, (batch, length))
+        fast = kernels(q, memory)
+        if fast is not None and layout.cached and length <= FEW_QUERIES:
+            assert layout.positions is not None
+            shared = memory.unsqueeze(2)  # [B,S,1,C+rope]
+            y = fast.attend(q, shared, shared[..., : s.kv_rank], layout.positions, self.scale, None)
+        else:
+            y = attend(
+                q.transpose(1, 2), memory.unsqueeze(1), memory.unsqueeze(1), layout.mask(dtype=memory.dtype), self.scale
+            )
+            y = y[..., : s.kv_rank].transpose(1, 2)  # [B,T,H,C]
+        return per_head(y.flatten(0, 1), w_uv.transpose(-1, -2)).unflatten(0, (batch, length))
+
+
+def per_head(x: Tensor, weight: Tensor) -> Tensor:
+    """x [N,H,in], weight [H,in,out] -> [N,H,out]: every head's own matrix, over all N rows at once."""
+    fast = kernels(x, weight)
+    if fast is not None and len(x) <= FEW_ROWS:
+        return fast.per_head(x, weight)
+    return (x.transpose(0, 1) @ weight).transpose(0, 1)

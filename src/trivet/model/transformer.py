@@ -24,7 +24,7 @@ from trivet.model.attention import Attention
 from trivet.model.cache import LayerCache
 from trivet.model.delta import GatedDelta
 from trivet.model.ffn import DenseFFN, MoEFFN, Routing
-from trivet.model.layers import Layout, Linear, Norms, RMSNorm
+from trivet.model.layers import Layout, Linear, Norms, RMSNorm, linear
 from trivet.model.linear import LightningAttention
 from trivet.model.mla import LatentAttention
 from trivet.model.prompt import Prompt
@@ -127,6 +127,7 @@ class Transformer(nn.Module):
     def __init__(self, spec: ModelSpec, seed: int | None = 0) -> None:
         super().__init__()
         self.spec = spec
+        self.residual = spec.layers[0].residual  # looking it up resolves the whole pattern: too slow for every step
         self.embed = nn.Parameter(torch.empty(spec.vocab_size, spec.d_model))
         self.layers = nn.ModuleList(Layer(layer, spec, i) for i, layer in enumerate(spec.layers))
         self.norm = norms_of(spec)(spec.d_model)
@@ -173,7 +174,7 @@ class Transformer(nn.Module):
         return self._leave(stream, self.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.head_weight)
+        return linear(hidden, self.head_weight)
 
     @property
     def head_weight(self) -> Tensor:
@@ -223,12 +224,11 @@ class Transformer(nn.Module):
         return Layout(positions, batch, length, tokens.device, span if cached else None)
 
     def _enter(self, x: Tensor) -> Stream:
-        residual = self.spec.layers[0].residual
-        return x, (residual.gamma * x if isinstance(residual, DualResidual) else x)
+        return x, (self.residual.gamma * x if isinstance(self.residual, DualResidual) else x)
 
     def _leave(self, stream: Stream, norm: Part) -> Tensor:
         x, r = stream
-        return x + norm(r) if isinstance(self.spec.layers[0].residual, DualResidual) else norm(x)
+        return x + norm(r) if isinstance(self.residual, DualResidual) else norm(x)
 
     # --- memory ---------------------------------------------------------------------------------
     def new_caches(
