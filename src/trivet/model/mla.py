@@ -18,11 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trivet.model.attention import attend, attend_documents
+from trivet.model.attention import attend, attend_documents, attend_kept
+from trivet.model.bounded import Ring, Voted
 from trivet.model.cache import LatentCache
+from trivet.model.compressed import LowRank
 from trivet.model.layers import Layout, Linear, Norms, apply_rope, yarn_temperature
 from trivet.spec import MLA
 
+Memory = LatentCache | Ring | Voted
 EXPANDED = 2**19  # numbers of keys and values that a prompt's piece has at a time, if a head has no more
 
 
@@ -46,7 +49,7 @@ class LatentAttention(nn.Module):
     def new_cache(self, rows: int, slots: int, dtype: torch.dtype, device: torch.device) -> LatentCache:
         return LatentCache(self.spec, rows, slots, dtype, device)
 
-    def forward(self, x: Tensor, layout: Layout, cache: LatentCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, cache: Memory | None = None) -> Tensor:
         """x [B,T,D] -> [B,T,D]; one query a row with a cache is absorbed, all else expanded."""
         s = self.spec
         rotation = layout.rotation(s.rope)
@@ -58,18 +61,25 @@ class LatentAttention(nn.Module):
         memory = torch.cat((self.kv_norm(latent), k_rope), -1)  # [B,T,C+rope]
         if cache is not None:
             assert layout.positions is not None and layout.span is not None
-            memory = cache.update(memory, layout.positions, layout.span)  # [B,S,C+rope]
+            if isinstance(cache, Ring | Voted):
+                memory = cache.update((memory.unsqueeze(2),), layout.positions, layout.span)[0].squeeze(1)
+            else:
+                memory = cache.update(memory, layout.positions, layout.span)  # [B,S,C+rope]
         form = self.absorbed if cache is not None and x.shape[1] == 1 else self.expanded
-        y = form(q_nope, q_rope, memory, layout)  # [B,T,H,v]
+        y = form(q_nope, q_rope, memory, layout, cache)  # [B,T,H,v]
         return self.o_proj(y.flatten(2))
 
-    def expanded(self, q_nope: Tensor, q_rope: Tensor, memory: Tensor, layout: Layout) -> Tensor:
+    def expanded(
+        self, q_nope: Tensor, q_rope: Tensor, memory: Tensor, layout: Layout, cache: Memory | None = None
+    ) -> Tensor:
         """Form every head's keys and values from the latents, then attend. -> [B,T,H,v]
 
         Of a prompt's piece a few heads at a time, so that keys and values never stand beside the cache in full.
         """
         s = self.spec
         latent, k_rope = memory.split((s.kv_rank, s.rope.dims), -1)
+        if isinstance(cache, LowRank):
+            latent = latent @ cache.back
         up = self.kv_up.weight.view(s.heads, s.nope_dim + s.v_dim, s.kv_rank)  # [H,nope+v,C]
         q = torch.cat((q_nope, q_rope), -1)
         some = s.heads if layout.prompt is None else max(1, EXPANDED // (memory[..., 0].numel() * (s.qk_dim + s.v_dim)))
@@ -78,10 +88,15 @@ class LatentAttention(nn.Module):
             kv = F.linear(latent, up[part].flatten(0, 1)).unflatten(-1, (-1, s.nope_dim + s.v_dim))  # [B,S,H,nope+v]
             k_nope, v = kv.split((s.nope_dim, s.v_dim), -1)
             k = torch.cat((k_nope, k_rope.unsqueeze(2).expand(-1, -1, k_nope.shape[2], -1)), -1)
-            done.append(attend_documents(q[:, :, part], k, v, layout, self.scale))
+            if isinstance(cache, Ring | Voted):
+                done.append(attend_kept(q[:, :, part], k, v, cache, layout, self.scale))
+            else:
+                done.append(attend_documents(q[:, :, part], k, v, layout, self.scale))
         return done[0] if len(done) == 1 else torch.cat(done, 2)
 
-    def absorbed(self, q_nope: Tensor, q_rope: Tensor, memory: Tensor, layout: Layout) -> Tensor:
+    def absorbed(
+        self, q_nope: Tensor, q_rope: Tensor, memory: Tensor, layout: Layout, cache: Memory | None = None
+    ) -> Tensor:
         """Attend over the latents themselves: one (C+rope)-wide key, one C-wide value. -> [B,T,H,v]"""
         s = self.spec
         up = self.kv_up.matrix().view(s.heads, s.nope_dim + s.v_dim, s.kv_rank)  # [H,nope+v,C]
@@ -89,8 +104,16 @@ class LatentAttention(nn.Module):
         batch, length = q_nope.shape[:2]
         # Both per-head products run as H large matrix products over all B*T queries.
         q_c = (q_nope.flatten(0, 1).transpose(0, 1) @ w_uk).transpose(0, 1)  # [B*T,H,C]
+        if isinstance(cache, LowRank):
+            q_c = q_c @ cache.back.T  # the query in the memory's coordinates
         q = torch.cat((q_c.unflatten(0, (batch, length)), q_rope), -1)  # [B,T,H,C+rope]
         # The values are the latents; the rotated key rides along, which is cheaper than cutting it off.
-        y = attend(q.transpose(1, 2), memory.unsqueeze(1), memory.unsqueeze(1), layout.mask(), self.scale)
+        if isinstance(cache, Ring | Voted):
+            keys = memory.unsqueeze(2)
+            y = attend_kept(q, keys, keys, cache, layout, self.scale).transpose(1, 2)
+        else:
+            y = attend(q.transpose(1, 2), memory.unsqueeze(1), memory.unsqueeze(1), layout.mask(), self.scale)
         y = y[..., : s.kv_rank].transpose(1, 2).flatten(0, 1).transpose(0, 1)  # [H,B*T,C]
+        if isinstance(cache, LowRank):
+            y = y @ cache.back
         return (y @ w_uv.transpose(-1, -2)).transpose(0, 1).unflatten(0, (batch, length))
