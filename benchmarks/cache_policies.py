@@ -82,7 +82,10 @@ def trained(kind: str, seed: int, steps: int, folder: Path) -> Transformer:
         loss.backward()
         optimizer.step(min(1.0, (step + 1) / 50, (steps - step) / (0.4 * steps)))
         if step % 50 == 0:
-            print(f"{kind} seed {seed} step {step:5d}  loss {loss.item():.3f}  {time.perf_counter() - began:.0f} s", flush=True)
+            print(
+                f"{kind} seed {seed} step {step:5d}  loss {loss.item():.3f}  {time.perf_counter() - began:.0f} s",
+                flush=True,
+            )
     place.mkdir(parents=True, exist_ok=True)
     save_model(model, place)
     return model
@@ -106,7 +109,9 @@ def right(model: Transformer, policy: Policy, tokens: Tensor, asked: Tensor) -> 
     return (same.sum(1) / asked.sum(1)).tolist()
 
 
-def measure(model: Transformer, name: str, texts_: tuple[Tensor, Tensor], basis: Sequence[Any] | None) -> dict[str, Any]:
+def measure(
+    model: Transformer, name: str, texts_: tuple[Tensor, Tensor], basis: Sequence[Any] | None
+) -> dict[str, Any]:
     policy = parse_policy(name)
     if isinstance(policy, RankByAge):
         assert basis is not None

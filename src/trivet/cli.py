@@ -45,6 +45,14 @@ RopeYarn = Annotated[
 DualChunk = Annotated[
     float | None, typer.Option("--dual-chunk", help="Stretch the context by this factor with dual chunk attention.")
 ]
+Cache = Annotated[
+    str,
+    typer.Option(
+        "--cache",
+        help="What layers keep of each token: full, int8, window:252+4, layers:512-128+4, snapkv:512/32, "
+        "lowrank:1024/64.",
+    ),
+]
 
 # A step of training, to `trivet plan`. What is not given is what the TOML's [train] says.
 Rows = Annotated[int | None, typer.Option(min=1, help="Rows of a device's microbatch. Default: the TOML's, or 1.")]
@@ -116,6 +124,9 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     rope_yarn: RopeYarn = None,
     dual_chunk: DualChunk = None,
+    cache: Annotated[
+        str, typer.Option("--cache", help="Cache policies to sweep, as for chat, e.g. full,int8,window:60+4.")
+    ] = "full",
     device: Device = "auto",
 ) -> None:
     """Accuracy on held-out problems with 95% intervals, for one or more thinking budgets."""
@@ -125,6 +136,7 @@ def evaluate(
     evaluate_directory(
         model, task, settings or [], _budgets(budgets, no_think), not no_tools, count,
         Sampling(temperature=temperature, max_tokens=max_tokens), seed, as_json, _device(device), rope_yarn, dual_chunk,
+        cache,
     )  # fmt: skip
 
 
@@ -146,6 +158,7 @@ def chat(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     rope_yarn: RopeYarn = None,
     dual_chunk: DualChunk = None,
+    cache: Cache = "full",
     device: Device = "auto",
 ) -> None:
     """Talk to a model in the terminal: thoughts dimmed, tool calls shown, tokens counted."""
@@ -154,7 +167,7 @@ def chat(
     thinking: int | Literal["off"] | None = "off" if no_think else budget
     names = [name for name in tools.split(",") if name]
     on = _device(device)
-    converse(model, thinking, names, temperature, max_tokens, fold, seed, on, rope_yarn, dual_chunk)
+    converse(model, thinking, names, temperature, max_tokens, fold, seed, on, rope_yarn, dual_chunk, cache)
 
 
 @app.command()

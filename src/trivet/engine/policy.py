@@ -200,6 +200,12 @@ class RankByAge(Full):
         return replace(self, bases=tuple(bases))
 
     def check(self, spec: ModelSpec) -> None:
+        self.fits(spec)
+        if self.bases is None:
+            raise UserError("Cache lowrank needs a basis a layer: engine.calibrate finds them on texts of your kind.")
+
+    def fits(self, spec: ModelSpec) -> None:
+        """Raises UserError where the model's latents can't be shortened so, whatever the bases."""
         ranks = [layer.mixer.kv_rank for layer in spec.layers if isinstance(layer.mixer, MLA)]
         if not ranks:
             raise UserError(
@@ -207,8 +213,6 @@ class RankByAge(Full):
             )
         if self.steps[0][1] >= min(ranks):
             raise UserError(f"Cache lowrank: a rank of {self.steps[0][1]} shortens no latent of {min(ranks)} numbers.")
-        if self.bases is None:
-            raise UserError("Cache lowrank needs a basis a layer: engine.calibrate finds them on texts of your kind.")
 
     def bands(self, kv_rank: int, longest: int) -> list[Band]:
         """What tokens lose as they age, the last coordinates first."""

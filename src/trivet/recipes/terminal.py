@@ -19,12 +19,16 @@ from trivet.agent.loop import Episode, ModelStep, ToolStep, run_episode
 from trivet.chat import SOFT_SWITCH, Chat
 from trivet.config import UserError
 from trivet.engine import PREFIX_BYTES, Engine, EngineModel
+from trivet.engine.policy import RankByAge
 from trivet.hub.checkpoint import load_pair
 from trivet.messages import Message, Sampling
 from trivet.model import Transformer
 from trivet.model.lora import adapter_parameters
+from trivet.recipes.verbs import ready_policy
 from trivet.tools import get_tool
 
+CALIBRATED_ON = ("1+1=", "12+30=", "7*8=", "95-14=")  # for a low-rank cache: what every tokenizer can write
+CALIBRATED_SLOTS = 2048
 FOLDED = 72  # characters of a thought that stay when it is folded
 
 
@@ -39,15 +43,26 @@ def converse(
     device: torch.device,
     rope_yarn: float | None = None,
     dual_chunk: float | None = None,
+    cache: str = "full",
 ) -> None:
     """Read lines, answer them. Raises UserError where the model or a tool can't be had."""
     console = Console(highlight=False)
     model, chat = load_pair(directory, device, rope_yarn=rope_yarn, dual_chunk=dual_chunk)
     model.eval()
     tools = [get_tool(name) for name in tool_names]
-    engine = Engine(model, chat, 1, model.spec.context_length, device, prefix_bytes=PREFIX_BYTES)
+    slots = model.spec.context_length
+    policy = ready_policy(
+        cache, model, chat, CALIBRATED_ON.__getitem__, len(CALIBRATED_ON), min(slots, CALIBRATED_SLOTS)
+    )
+    prefix = PREFIX_BYTES if policy.resumes else 0
+    engine = Engine(model, chat, 1, slots, device, prefix_bytes=prefix, policy=policy)
     once = chat.markers.single_turn
     _greet(directory, model, chat, console)
+    if isinstance(policy, RankByAge):
+        console.print(
+            f"The cache was calibrated on {len(CALIBRATED_ON)} texts that the model wrote, and it forgets: every turn "
+            "reads the whole conversation anew.", style="dim",
+        )  # fmt: skip
     history: list[Message] = []
     soft = SoftSwitch(chat, console)
     soft.note(thinking)
