@@ -2,10 +2,9 @@
 
     python benchmarks/cache_policies.py --threads 1
 
-A long thought in small: 512 tokens of filler, in which eight keys stand at random places, each followed by its value;
-a key may come again anywhere, and must then be followed by the same value. Half of the pairs are told in the first
-quarter and asked for in the rest, as a thought goes back to its problem. Models of GQA and MLA layers are trained on
-it, then read 256 other texts through the caches of each policy. A text counts with its share of right values, 95%
+A long thought in small: 512 tokens of filler. In the first quarter, the problem, stand eight notes, one token each, of a
+key and its value; in the rest, the thought, sixteen times one of the keys, which must be followed by its value. Models of GQA and MLA layers, and MLA with nested ranks, are trained on
+it, then read 128 other texts through the caches of each policy. A text counts with its share of right values, 95%
 intervals by bootstrap over texts. Bytes are of one text of 512 tokens in all layers, by the policy's arithmetic.
 """
 
@@ -27,15 +26,19 @@ from trivet.engine.policy import Place, Policy, RankByAge, parse_policy
 from trivet.measure.stats import bootstrap
 from trivet.model import Transformer, load_model, save_model
 from trivet.spec import GQA, MLA, ModelSpec, Rope, SwiGLU
+from trivet.train.nested import shortened
 from trivet.train.optim import Optimizer
 
-FILLER, KEYS, VALUES = 32, 64, 64
-PAIRS, ASKED, LENGTH, ROWS = 8, 16, 512, 16
+FILLER, KEYS, VALUES = 32, 32, 32
+NOTES, ASKED, LENGTH, ROWS = 8, 16, 512, 8
 PIECE = 8  # tokens of a call: no policy below works in smaller blocks
 WHOLE = ("full", "int8", "window:252+4", "window:124+4", "window:60+4", "snapkv:256/8", "snapkv:128/8", "snapkv:64/8",
          "layers:216-32+4", "layers:32-216+4", "layers:108-16+4", "layers:16-108+4")  # fmt: skip
 LATENT = ("lowrank:32/32", "lowrank:32/24", "lowrank:32/16", "lowrank:32/8", "lowrank:32/4", "lowrank:32/24/224/8",
           "lowrank:128/16")  # fmt: skip
+
+
+NESTED = 4  # the least rank that "nested", MLA trained with nested ranks, is shortened to
 
 
 def spec_of(kind: str) -> ModelSpec:
@@ -44,7 +47,7 @@ def spec_of(kind: str) -> ModelSpec:
         "mla": MLA(heads=4, kv_rank=48, nope_dim=32, v_dim=32, rope=Rope(dims=16)),
     }
     return ModelSpec(
-        vocab_size=FILLER + KEYS + VALUES, d_model=64, pattern=f"{kind}/dense*3", context_length=LENGTH,
+        vocab_size=FILLER + KEYS + VALUES + KEYS * VALUES, d_model=64, pattern="gqa/dense*3" if kind == "gqa" else "mla/dense*3", context_length=LENGTH,
         mixers=mixers, ffns={"dense": SwiGLU(hidden=128)},
     )  # fmt: skip
 
@@ -53,17 +56,17 @@ def texts(count: int, length: int, seed: int) -> tuple[Tensor, Tensor]:
     """tokens [N,T], and bool [N,T-1]: where a value follows that has been told before."""
     g = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, FILLER, (count, length), generator=g)
-    keys = torch.rand(count, KEYS, generator=g).argsort(-1)[:, :PAIRS]
-    values = torch.randint(0, VALUES, (count, PAIRS), generator=g)
-    early, late = length // 8, length // 2 - length // 8  # places for a pair: two tokens each
-    told = torch.rand(count, early, generator=g).argsort(-1)[:, :PAIRS]
-    again = early + torch.rand(count, late, generator=g).argsort(-1)[:, :ASKED]
-    which = torch.randint(0, PAIRS, (count, ASKED), generator=g)
+    keys = torch.rand(count, KEYS, generator=g).argsort(-1)[:, :NOTES]
+    values = torch.randint(0, VALUES, (count, NOTES), generator=g)
+    early, late = length // 4, (length - length // 4) // 2  # places for a note, and for a key with its value
+    told = torch.rand(count, early, generator=g).argsort(-1)[:, :NOTES]
+    again = early + 2 * torch.rand(count, late, generator=g).argsort(-1)[:, :ASKED]
+    which = torch.randint(0, NOTES, (count, ASKED), generator=g)
     asked = torch.zeros(count, length - 1, dtype=torch.bool)
-    for places, pair in ((told, torch.arange(PAIRS).expand(count, -1)), (again, which)):
-        tokens.scatter_(1, 2 * places, FILLER + keys.gather(1, pair))
-        tokens.scatter_(1, 2 * places + 1, FILLER + KEYS + values.gather(1, pair))
-    return tokens, asked.scatter_(1, 2 * again, True)
+    tokens.scatter_(1, told, FILLER + KEYS + VALUES + keys * VALUES + values)
+    tokens.scatter_(1, again, FILLER + keys.gather(1, which))
+    tokens.scatter_(1, again + 1, FILLER + KEYS + values.gather(1, which))
+    return tokens, asked.scatter_(1, again, True)
 
 
 def trained(kind: str, seed: int, steps: int, folder: Path) -> Transformer:
@@ -76,10 +79,11 @@ def trained(kind: str, seed: int, steps: int, folder: Path) -> Transformer:
     for step in range(steps):
         shorter = 4 if step < 0.4 * steps else 2 if step < 0.6 * steps else 1
         tokens, asked = texts(ROWS * shorter, LENGTH // shorter, 10**6 * (seed + 1) + step)
-        hidden = model(tokens)[:, :-1][asked]
-        loss = F.cross_entropy(model.logits(hidden), tokens[:, 1:][asked])
-        optimizer.zero_grad()
-        loss.backward()
+        with shortened(model, NESTED if kind == "nested" else 0, step):
+            hidden = model(tokens)[:, :-1][asked]
+            loss = F.cross_entropy(model.logits(hidden), tokens[:, 1:][asked])
+            optimizer.zero_grad()
+            loss.backward()
         optimizer.step(min(1.0, (step + 1) / 50, (steps - step) / (0.4 * steps)))
         if step % 50 == 0:
             print(
@@ -126,10 +130,10 @@ def measure(
 
 def main() -> None:
     parser = arguments(__doc__ or "")
-    parser.add_argument("--kinds", default="gqa,mla")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--count", type=int, default=256, help="texts that are read")
+    parser.add_argument("--kinds", default="gqa,mla,nested")
+    parser.add_argument("--seeds", default="0,1")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--count", type=int, default=128, help="texts that are read")
     parser.add_argument("--models", type=Path, default=Path("runs/cache_policies"), help="where models are kept")
     args: argparse.Namespace = parser.parse_args()
     facts, results = machine(args), []
@@ -137,9 +141,9 @@ def main() -> None:
         for seed in (int(s) for s in args.seeds.split(",")):
             model = trained(kind, seed, args.steps, args.models)
             unseen = texts(args.count, LENGTH, 10**9)
-            basis = calibrate(model, texts(32, LENGTH, 10**9 + 1)[0].tolist()) if kind == "mla" else None
+            basis = calibrate(model, texts(32, LENGTH, 10**9 + 1)[0].tolist()) if kind != "gqa" else None
             full = parse_policy("full").row_bytes(model.spec, LENGTH, 4)
-            for name in WHOLE + (LATENT if kind == "mla" else ()):
+            for name in (WHOLE if kind != "nested" else WHOLE[:1]) + (LATENT if kind != "gqa" else ()):
                 r = measure(model, name, unseen, basis)
                 results.append({"kind": kind, "seed": seed, **r})
                 print(f"{kind} seed {seed}  {name:20s} {r['bytes'] / full:6.1%}  {r['right']:.3f} [{r['low']:.3f}, {r['high']:.3f}]", flush=True)  # fmt: skip
