@@ -318,6 +318,9 @@ def test_bounded_caches_do_not_grow() -> None:
     assert full == spec.cache_bytes_per_token(4) * 1000
     assert Window(96, 4).row_bytes(spec, 1000, 4) == Window(96, 4).row_bytes(spec, 9000, 4) == full // 10
     assert SnapKV(96, 32).row_bytes(spec, 9000, 4) < full // 9
+    latent = spec_of("mla/dense*2")
+    assert RankByAge(((1000, 3),)).row_bytes(latent, 500, 4) == Full().row_bytes(latent, 500, 4)  # 10 numbers and 4
+    assert RankByAge(((0, 3),)).row_bytes(latent, 500, 4) == 2 * 4 * (500 * (3 + 4) + 32 * 7)
     assert Int8().row_bytes(spec, 1000, 2) < 0.63 * Full().row_bytes(spec, 1000, 2)  # heads of 8 numbers
     engine = Engine(tags_often("gqa/dense*2"), CHAT, 1, 400, policy=Window(12, 4))
     engine.generate([ask(prompt_of(300), new=20)])

@@ -218,8 +218,9 @@ class RankByAge(Full):
         """What tokens lose as they age, the last coordinates first."""
         stops = [kv_rank, *(rank for _, rank in self.steps)]
         return [
-            Band(rank, stop, min(age, longest)) for (age, rank), stop in zip(self.steps, stops, strict=False)
-        ]  # fmt: skip
+            Band(rank, stop, age, min(age + self.block, longest))
+            for (age, rank), stop in zip(self.steps, stops, strict=False)
+        ]
 
     def new_cache(self, mixer: nn.Module, at: Place) -> LayerCache:
         if not isinstance(mixer, LatentAttention):
@@ -233,7 +234,7 @@ class RankByAge(Full):
     def layer_bytes(self, mixer: Mixer, layer: int, layers: int, tokens: int, itemsize: int) -> int:
         if not isinstance(mixer, MLA):
             return super().layer_bytes(mixer, layer, layers, tokens, itemsize)
-        bands = sum((b.stop - b.start) * (b.age + self.block) for b in self.bands(mixer.kv_rank, tokens))
+        bands = sum((b.stop - b.start) * b.slots for b in self.bands(mixer.kv_rank, tokens))
         return ((self.steps[-1][1] + mixer.rope.dims) * tokens + bands) * itemsize
 
 

@@ -86,16 +86,20 @@ class Basis(NamedTuple):
 
 
 class Band(NamedTuple):
-    """Coordinates start..stop-1 of a latent, which the newest `age` tokens before a block have, and its own."""
+    """Coordinates start..stop-1 of a latent, which the newest `age` tokens before a block have, and its own.
+
+    slots: of their ring, age + block or as many as there can be tokens.
+    """
 
     start: int
     stop: int
     age: int
+    slots: int
 
 
 class LowRank(LatentCache):
     """The first `rank` coordinates and the rotated key of every token [rows,slots+1,rank+R], and a ring a band
-    [rows,age+block+1,stop-start], in which token p is at p mod (age + block)."""
+    [rows,band slots+1,stop-start], in which token p is at p mod band slots."""
 
     slot_dim: int | None = None  # bands forget, so a row can't be cut back to an earlier token
 
@@ -106,7 +110,7 @@ class LowRank(LatentCache):
         dtype, device = like
         self.spec, self.rank, self.bands, self.block = spec, rank, tuple(bands), block
         self.into, self.back = (t.to(device, dtype) for t in basis)
-        shapes = [(slots + 1, rank + spec.rope.dims), *((b.age + block + 1, b.stop - b.start) for b in bands)]
+        shapes = [(slots + 1, rank + spec.rope.dims), *((b.slots + 1, b.stop - b.start) for b in bands)]
         self.tensors = tuple(torch.zeros(rows, *shape, dtype=dtype, device=device) for shape in shapes)
 
     def update(self, latent: Tensor, positions: Tensor, span: int) -> Tensor:
@@ -128,7 +132,7 @@ class LowRank(LatentCache):
         known = base[:batch, :span]
         read[:, :span, : self.rank], read[:, :span, self.spec.kv_rank :] = known.split((self.rank, rope), -1)
         for band, ring in zip(self.bands, rings, strict=True):
-            size = band.age + self.block
+            size = band.slots
             ring[rows, torch.where(positions < 0, size, positions % size)] = z[..., band.start : band.stop]
             at = last - (last - torch.arange(size, device=positions.device)) % size  # [B,size] who is in each slot
             has = at >= (first // self.block * self.block - band.age).clamp_min(0)

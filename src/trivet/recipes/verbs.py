@@ -98,9 +98,7 @@ def _print(name: str, results: list[tuple[str, int, Result]], with_caches: bool,
         box=None,
         title_justify="left",
     )
-    for column in ("cache", "bytes") if with_caches else ():
-        table.add_column(column, justify="right")
-    for column in (
+    columns = (
         "thinking",
         "accuracy",
         "95% interval",
@@ -111,13 +109,18 @@ def _print(name: str, results: list[tuple[str, int, Result]], with_caches: bool,
         "tokens",
         "not graded",
         "tok/s",
-    ):
-        table.add_column(column, justify="right")
+    )
+    shown = [0, 1, 2, 6, 7] if with_caches else list(range(len(columns)))  # a line holds no more
+    for column in ("cache", "bytes") if with_caches else ():
+        table.add_column(column, justify="right", no_wrap=True)
+    for i in shown:
+        table.add_column(columns[i], justify="right")
     for cache, row_bytes, r in results:
-        thinking = "unlimited" if r.thinking is None else str(r.thinking)
-        table.add_row(
-            *((cache, f"{row_bytes:,}") if with_caches else ()), thinking, f"{r.accuracy.mean:.3f}", f"[{r.accuracy.low:.3f}, {r.accuracy.high:.3f}]".replace("[", "\\["),
+        cells = (
+            "unlimited" if r.thinking is None else str(r.thinking), f"{r.accuracy.mean:.3f}",
+            f"[{r.accuracy.low:.3f}, {r.accuracy.high:.3f}]".replace("[", "\\["),
             *(f"{share:.0%}" for share in (r.thinks, r.calls_tool, r.budget_hit, r.truncated)), f"{r.mean_tokens:.1f}",
             str(sum(n for status, n in r.statuses.items() if status != "ok")), f"{r.tokens_per_second:,.0f}",
         )  # fmt: skip
+        table.add_row(*((cache, f"{row_bytes:,}") if with_caches else ()), *(cells[i] for i in shown))
     Console(highlight=False).print(table)
