@@ -1,8 +1,12 @@
-"""The basis of a low-rank cache: a PCA of the latents that a model has on texts of the kind that it will write.
+"""The basis of a low-rank cache: the numbers of a latent that its layer's keys and values need most, on texts of the
+kind that the model will write.
 
-    E = D^T = eigenvectors of the mean of c c^T, the largest eigenvalue first       [C,C] a layer
+    R = (W^T W)^1/2,  W = W_ukv        how much a layer reads of each direction of its latents           [C,C]
+    U = eigenvectors of R E[c c^T] R, the largest eigenvalue first
+    z = c R U,   c ~ z[:r] (U^T R^-1)[:r]
 
-Keeping r coordinates then loses as little of the latents, in squares, as r numbers can.
+So of all r numbers these lose the least of W c, in squares: the PCA of the keys and values, not of the latents, whose large
+directions a layer may hardly read (measured in docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ from trivet.messages import Message, Sampling
 from trivet.model import Transformer
 from trivet.model.compressed import Basis
 from trivet.model.mla import LatentAttention
+
+LEAST_READ = 1e-9  # of the direction that is read the most: what is not read at all still needs an inverse
 
 
 @torch.no_grad()
@@ -50,12 +56,17 @@ def calibrate(model: Transformer, texts: Sequence[Sequence[int]]) -> list[Basis 
     finally:
         for each in hooks:
             each.remove()
-    return [_basis(squares[i]) if i in squares else None for i in range(len(mixers))]
+    read = {i: mixers[i].kv_up.matrix().double().cpu() for i in squares}  # type: ignore[union-attr,operator]
+    return [_basis(squares[i], read[i]) if i in squares else None for i in range(len(mixers))]
 
 
-def _basis(squares: Tensor) -> Basis:
-    vectors = torch.linalg.eigh(squares).eigenvectors.flip(-1)  # the largest first
-    return Basis(vectors, vectors.T.contiguous())
+def _basis(squares: Tensor, read: Tensor) -> Basis:
+    """squares: sum of c c^T [C,C]; read: W_ukv [.,C]."""
+    weights, directions = torch.linalg.eigh(read.T @ read)
+    weights = weights.clamp_min(LEAST_READ * weights[-1])
+    root, inverse = (directions * weights**power @ directions.T for power in (0.5, -0.5))
+    vectors = torch.linalg.eigh(root @ squares @ root).eigenvectors.flip(-1)  # the largest first
+    return Basis(root @ vectors, vectors.T @ inverse)
 
 
 def written(model: Transformer, chat: Chat, questions: Sequence[str], tokens: int, slots: int) -> list[tuple[int, ...]]:

@@ -4,8 +4,7 @@
                          have a scale each. The error of a number is at most half a step s, and the scale's own
                          rounding to fp16
     LowRank              MLA's latent in other coordinates, z = c E, the important ones first, of which older tokens
-                         lose the last ones: c ~ z[:r] D[:r] with r by age. On the rotated basis of a PCA,
-                         E = D^T = the eigenvectors of the mean of c c^T
+                         lose the last ones: c ~ z[:r] D[:r] with r by age; E and D are `engine/calibrate.py`'s
 
 `LowRank` is our own; the nearest published ideas are Palu (arXiv 2407.21118: ranks fixed at load time) and
 MatryoshkaKV (arXiv 2410.14731: nested ranks, trained). Its coordinates lie in bands: the first few of every token, and
