@@ -131,6 +131,39 @@ def test_eval_prints_a_table_or_json(
     assert [f"{p['accuracy']['mean']:.3f}" for p in points] == [row[1] for row in rows]
 
 
+def test_eval_sweeps_cache_policies(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("eval", str(model), "--task", "chain", "--set", "max_steps=3", "--count", "8", "--cache")
+    code, out, _ = call(monkeypatch, capsys, *words, "full,int8,window:12+2", "--json")
+    points = json.loads(out)
+    assert code == 0 and [p["cache"] for p in points] == ["full", "int8", "window:12+2"]
+    whole, eight, window = (p["cache_bytes"] for p in points)
+    assert whole == 96 * 2 * 8 * 4 and eight == 96 * (2 * 8 + 2 * 2) and window == whole * 14 // 96
+    code, out, _ = call(monkeypatch, capsys, *words, "full,snapkv:16/8")
+    assert code == 0 and "snapkv:16/8" in out and f"{whole:,}" in out
+    for cache, says in (("int4", "no cache policy"), ("lowrank:8/2", "no MLA layer")):
+        code, _, err = call(monkeypatch, capsys, *words, cache)
+        assert code == 1 and says in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("cache", ["int8", "window:12+2", "snapkv:16/8", "lowrank:8/2"])
+def test_chat_takes_a_cache_policy(
+    model: Path, cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if cache.startswith("lowrank"):
+        mla = 'mla = { kind = "mla", heads = 2, kv_rank = 6, nope_dim = 4, v_dim = 4, rope = { dims = 4 } }'
+        text = SMALL.replace("gqa/dense", "mla/dense").replace("mixers = { ", f"mixers = {{ {mla}, ")
+        (tmp_path / "latent.toml").write_text(text)
+        model = tmp_path / "m"
+        assert call(monkeypatch, capsys, "train", str(tmp_path / "latent.toml"), "--out", str(model))[0] == 0
+    lines = iter(["7+3=", "9-2=", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda *a: next(lines))
+    code, out, err = call(monkeypatch, capsys, "chat", str(model), "--max-tokens", "12", "--cache", cache)
+    assert code == 0 and out.count("tok/s, ended by") == 2, err
+    assert ("was calibrated on 4 texts" in out) == cache.startswith("lowrank")
+
+
 def test_chat_streams_and_counts(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,6 +45,14 @@ RopeYarn = Annotated[
 DualChunk = Annotated[
     float | None, typer.Option("--dual-chunk", help="Stretch the context by this factor with dual chunk attention.")
 ]
+Cache = Annotated[
+    str,
+    typer.Option(
+        "--cache",
+        help="What layers keep of each token: full, int8, window:252+4, layers:512-128+4, snapkv:512/32, "
+        "lowrank:1024/64.",
+    ),
+]
 
 Weights = Annotated[
     Literal["int8", "int4"] | None,
@@ -122,6 +130,9 @@ def evaluate(
     rope_yarn: RopeYarn = None,
     dual_chunk: DualChunk = None,
     weights: Weights = None,
+    cache: Annotated[
+        str, typer.Option("--cache", help="Cache policies to sweep, as for chat, e.g. full,int8,window:60+4.")
+    ] = "full",
     device: Device = "auto",
 ) -> None:
     """Accuracy on held-out problems with 95% intervals, for one or more thinking budgets."""
@@ -133,6 +144,7 @@ def evaluate(
         model, task, settings or [], _budgets(budgets, no_think), not no_tools, count,
         Sampling(temperature=temperature, max_tokens=max_tokens), seed, as_json,
         Loading(_device(device), rope_yarn, dual_chunk, weights),
+        cache,
     )  # fmt: skip
 
 
@@ -164,6 +176,7 @@ def chat(
     rope_yarn: RopeYarn = None,
     dual_chunk: DualChunk = None,
     weights: Weights = None,
+    cache: Cache = "full",
     device: Device = "auto",
 ) -> None:
     """Talk to a model in the terminal: thoughts dimmed, tool calls shown, tokens counted."""
@@ -176,7 +189,7 @@ def chat(
         min_thinking=min_thinking, seed=seed,
     )  # fmt: skip
     names = [name for name in tools.split(",") if name]
-    converse(model, sampling, names, fold, guess, Loading(_device(device), rope_yarn, dual_chunk, weights))
+    converse(model, sampling, names, fold, guess, Loading(_device(device), rope_yarn, dual_chunk, weights), cache)
 
 
 @app.command()

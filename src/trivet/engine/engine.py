@@ -28,6 +28,8 @@ import numpy as np
 import torch
 
 from trivet.chat import Chat
+from trivet.config import UserError
+from trivet.engine.policy import Full, Policy
 from trivet.engine.prefix import PrefixStats, PrefixStore
 from trivet.engine.request import Limits, Live, Request
 from trivet.engine.rows import SPAN_STEP, Rows
@@ -72,6 +74,7 @@ class Engine:
 
     prefix_bytes: room for prefixes to start from, 0 for none (questions that are asked once share nothing).
     They are forgotten when the weights change. drafter: guesses tokens ahead, which changes the speed only.
+    policy: what the layers keep (`policy.py`); everything by default. Raises UserError where these don't go together.
     """
 
     def __init__(
@@ -84,8 +87,17 @@ class Engine:
         record_experts: bool = False,
         prefix_bytes: int = 0,
         drafter: Drafter | None = None,
+        policy: Policy | None = None,
     ) -> None:
         self.model, self.chat = model, chat
+        self.policy = policy or Full()
+        self.policy.check(model.spec)
+        if prefix_bytes and not self.policy.resumes:
+            raise UserError(
+                f"Cache {self.policy.name} forgets, so no later prompt can go on from it: prefix_bytes = 0."
+            )
+        if drafter is not None and self.policy.block:
+            raise UserError(f"Cache {self.policy.name} works block by block and can't take guesses back: no drafter.")
         self.max_rows, self.slots = max_rows, slots
         self.device = torch.device(device) if device is not None else model.embed.device
         self.record_experts = record_experts
@@ -103,7 +115,7 @@ class Engine:
 
     def _no_rows(self) -> Rows:
         extra = self.drafter.mixers if self.drafter is not None else ()
-        return Rows(self.model, self.device, self.slots, self.record_experts, extra)
+        return Rows(self.model, self.device, self.slots, self.record_experts, extra, self.policy)
 
     # --- requests ----------------------------------------------------------------------------------
     def add(self, request: Request) -> int:
@@ -253,6 +265,8 @@ class Engine:
             if self.prefixes is not None and self.prefixes.states:
                 at = rows.computed[part]
                 counts = np.minimum(counts, SNAPSHOT_EVERY - at % SNAPSHOT_EVERY)
+            if self.policy.block:
+                counts = np.minimum(counts, self.policy.block - rows.computed[part] % self.policy.block)
             start = rows.computed[part].copy()
             hidden = self._feed(part, counts)
             self.writer.read_prompts(rows, part, counts, hidden)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from trivet.engine.policy import Full, Place, Policy
 from trivet.engine.request import UNLIMITED, Live, Saved
 from trivet.engine.sampling import Settings
 from trivet.model import Transformer
@@ -35,9 +36,11 @@ class Rows:
         most_columns: int,
         record_experts: bool,
         extra: Sequence[nn.Module] = (),
+        policy: Policy | None = None,
     ) -> None:
-        """extra: mixers of a drafter, whose caches stand behind the model's."""
+        """extra: mixers of a drafter, whose caches stand behind the model's and keep everything."""
         self.model, self.device, self.most_columns = model, device, most_columns
+        self.policy = policy or Full()
         self._mixers = [layer.mixer for layer in model.layers] + list(extra)
         self.live: list[Live | None] = []  # row -> request, None where it has ended
         self.columns = min(FIRST_COLUMNS, most_columns)
@@ -197,7 +200,9 @@ class Rows:
         columns = max(columns, self.columns)
         used = len(self.live)
         for i, mixer in enumerate(self._mixers):
-            grown = mixer.new_cache(rows, columns, self.model.embed.dtype, self.device)  # type: ignore[operator,union-attr]
+            layers, dtype = len(self.model.layers), self.model.embed.dtype
+            place = Place(i, layers, rows, columns, self.most_columns, dtype, self.device)
+            grown = (self.policy if i < layers else Full()).new_cache(mixer, place)  # type: ignore[arg-type]
             if i < len(self.caches):
                 grown.copy_from(self.caches[i], used)
                 self.caches[i] = grown

@@ -19,6 +19,7 @@ from trivet.agent.loop import Episode, ModelStep
 from trivet.chat import Chat
 from trivet.config import UserError
 from trivet.engine import PREFIX_BYTES, Engine
+from trivet.engine.policy import Full, Policy
 from trivet.measure.results import Budget, Piece, Result, Share, Transcript
 from trivet.measure.stats import bootstrap, maj_at, pass_at, wilson
 from trivet.messages import Sampling
@@ -45,12 +46,13 @@ def evaluate(
     max_turns: int = 8,
     max_rows: int = 512,
     slots: int | None = None,
+    policy: Policy | None = None,
 ) -> Result:
     """Accuracy of `model` on problems 0..count-1 of a split, each answered n times.
 
     sampling: greedy by default; its own seed is replaced by hashes of `seed`. level: only problems of
     that level. the cache is at most max_rows x slots: at once, and tokens each (default: the model's context
-    length; a long one is worth lowering). Raises UserError where nothing could be graded.
+    length; a long one is worth lowering). policy: what it keeps of a token. Raises UserError where nothing could be graded.
     """
     sampling = sampling or Sampling(temperature=0.0)
     if count < 1 or n < 1:
@@ -62,10 +64,10 @@ def evaluate(
         for j in range(n)
     ]
     training = model.training
-    prefix = PREFIX_BYTES if tools and task.tools else 0  # only turns with tools come back
-    engine = Engine(
-        model.eval(), chat, min(max_rows, len(jobs)), slots or model.spec.context_length, prefix_bytes=prefix
-    )
+    policy = policy or Full()
+    prefix = PREFIX_BYTES if tools and task.tools and policy.resumes else 0  # only turns with tools come back
+    rows, slots = min(max_rows, len(jobs)), slots or model.spec.context_length
+    engine = Engine(model.eval(), chat, rows, slots, prefix_bytes=prefix, policy=policy)
     began = time.perf_counter()
     try:
         attempts = play(engine, jobs, max_turns)

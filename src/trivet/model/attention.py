@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trivet.config import UserError
 from trivet.model.blocks import Reach
+from trivet.model.bounded import Ring, Voted
 from trivet.model.cache import KVCache
 from trivet.model.chunks import PARTS, Placed, attend_chunks, temperature
 from trivet.model.layers import Layout, Linear, Norms, added, apply_rope, causal
@@ -37,7 +39,7 @@ class Attention(nn.Module):
     def new_cache(self, rows: int, slots: int, dtype: torch.dtype, device: torch.device) -> KVCache:
         return KVCache(self.spec, rows, slots, dtype, device)
 
-    def forward(self, x: Tensor, layout: Layout, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, cache: KVCache | Ring | Voted | None = None) -> Tensor:
         """x [B,T,D] -> [B,T,D]. cache=None is the training path."""
         s = self.spec
         q = self._normed(self.q_proj(x), self.q_norm)  # [B,T,H,hd]
@@ -53,8 +55,11 @@ class Attention(nn.Module):
                 q = q * temperature(layout.at(), s.chunks.original_length)[..., None, None].to(q.dtype)
         if cache is not None:
             assert layout.positions is not None and layout.span is not None
-            k, v = (x.transpose(1, 2) for x in cache.update(k, v, layout.positions, layout.span))  # [B,S,K,hd]
-        if s.chunks is None:
+            read = cache.update((k, v), layout.positions, layout.span)  # [B,K,S,hd] each
+            k, v = (x.transpose(1, 2) for x in read)  # [B,S,K,hd]
+        if isinstance(cache, Ring | Voted):
+            y = attend_kept(q, k, v, cache, layout, s.head_dim**-0.5)
+        elif s.chunks is None:
             y = attend_documents(q, k, v, layout, s.head_dim**-0.5, s.window)  # [B,T,H,hd]
         else:
             y = attend_chunks(q, k, v, layout, s.chunks, s.head_dim**-0.5)
@@ -92,6 +97,24 @@ def attend_documents(
         mask = None if window is None else added(causal(one_q.shape[1], window, q.device), v.dtype)
         done.append(_attend_rows(one_q, one_k, one_v, mask, scale))
     return apart.join(done, len(q))
+
+
+def attend_kept(q: Tensor, k: Tensor, v: Tensor, kept: Ring | Voted, layout: Layout, scale: float) -> Tensor:
+    """Attention to what a bounded cache kept: q [B,T,H,hd], k [B,S,K,hd], v [B,S,K,vd] -> [B,T,H,vd].
+
+    Raises UserError for sparse prefill, whose lines are found in a cache of every token.
+    """
+    assert layout.positions is not None
+    if layout.prompt is not None and layout.prompt.sparse is not None:
+        raise UserError("Sparse prefill chooses among all tokens of a prompt: give it a full or an int8 cache.")
+    seen = kept.seen(layout.positions)
+    if isinstance(kept, Ring):
+        return _attend_rows(q, k, v, added(seen, v.dtype), scale)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scores = (q * scale).unflatten(1, (k.shape[1], -1)) @ k.unsqueeze(2).mT  # [B,K,H/K,T,S]
+    weights = scores.float().masked_fill(~seen.unsqueeze(2), float("-inf")).softmax(-1)
+    kept.vote(weights.flatten(1, 2), layout.positions)
+    return (weights.to(v.dtype) @ v.unsqueeze(2)).flatten(1, 2).transpose(1, 2)
 
 
 def _attend_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

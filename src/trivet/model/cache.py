@@ -9,12 +9,14 @@ A token at position p of row b lives in slot p of row b. There is no length coun
 positions, a layer only writes where it is told. Position -1 means "nothing here": it indexes the
 last slot, one spare slot that is never read, so padding needs no branch and no host sync.
 
-Left out: paging, eviction, quantisation (they belong behind this same interface).
+Caches that keep less stand behind the same interface: `compressed.py` (8 bits, a latent of few numbers) and
+`bounded.py` (fewer tokens). Left out: paging.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -59,7 +61,7 @@ class LayerCache(Protocol):
     def nbytes(self) -> int: ...
 
 
-class _Rows:
+class RowStore:
     """Row handling for any storage of shape [rows, ...]."""
 
     tensors: tuple[Tensor, ...]
@@ -96,7 +98,7 @@ class _Rows:
         return sum(t.nbytes for t in self.tensors)
 
 
-class KVCache(_Rows):
+class KVCache(RowStore):
     """Keys and values, each [rows, K, slots+1, head_dim]: a head's slots lie together for decode."""
 
     slot_dim = 2
@@ -105,28 +107,26 @@ class KVCache(_Rows):
         shape = (rows, spec.kv_heads, slots + 1, spec.head_dim)
         self.tensors = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
 
-    def update(self, k: Tensor, v: Tensor, positions: Tensor, span: int) -> tuple[Tensor, Tensor]:
+    def update(self, new: Sequence[Tensor], positions: Tensor, span: int) -> tuple[Tensor, ...]:
         """Write k, v [B,T,K,hd] at positions [B,T]; return what may be read, [B,K,span,hd] each."""
-        fast = kernels(k, v, *self.tensors)
+        fast = kernels(*new, *self.tensors) if len(self.tensors) == 2 else None  # what 8 bits need is more, and mixed
         if fast is not None:
-            for store, fresh in zip(self.tensors, (k, v), strict=True):
-                fast.remember(store.transpose(1, 2), fresh, positions)
+            for store, x in zip(self.tensors, new, strict=True):
+                fast.remember(store.transpose(1, 2), x, positions)
             return self._read(len(positions), span)
         rows = torch.arange(len(positions), device=positions.device).unsqueeze(-1)
-        keys, values = self.tensors
-        keys[rows, :, positions] = k.to(keys.dtype)
-        values[rows, :, positions] = v.to(values.dtype)
+        for store, x in zip(self.tensors, new, strict=True):
+            store[rows, :, positions] = x.to(store.dtype)
         return self._read(len(positions), span)
 
-    def _read(self, rows: int, span: int) -> tuple[Tensor, Tensor]:
-        keys, values = self.tensors
-        return keys[:rows, :, :span], values[:rows, :, :span]
+    def _read(self, rows: int, span: int) -> tuple[Tensor, ...]:
+        return tuple(store[:rows, :, :span] for store in self.tensors)
 
 
-class LatentCache(_Rows):
+class LatentCache(RowStore):
     """MLA's normed latent and rotated shared key, side by side: [rows, slots+1, C + rope dims]."""
 
-    slot_dim = 1
+    slot_dim: int | None = 1
 
     def __init__(self, spec: MLA, rows: int, slots: int, dtype: torch.dtype, device: torch.device) -> None:
         self.tensors = (torch.zeros(rows, slots + 1, spec.cache_per_token(), dtype=dtype, device=device),)
@@ -143,7 +143,7 @@ class LatentCache(_Rows):
         return store[: len(positions), :span]
 
 
-class StateCache(_Rows):
+class StateCache(RowStore):
     """A linear-attention state per head, [rows, H, head_dim, head_dim], always fp32."""
 
     def __init__(self, spec: Lightning, rows: int, slots: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -157,7 +157,7 @@ class StateCache(_Rows):
         self.tensors[0][: len(state)] = state
 
 
-class DeltaCache(_Rows):
+class DeltaCache(RowStore):
     """A delta-rule state per head [rows,H,dk,dv] and the convolution's last inputs [rows,conv-1,W], always fp32."""
 
     def __init__(self, spec: GatedDeltaNet, rows: int, slots: int, dtype: torch.dtype, device: torch.device) -> None:

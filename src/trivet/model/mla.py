@@ -17,12 +17,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from trivet.model.attention import attend, attend_documents
+from trivet.model.attention import attend, attend_documents, attend_kept
+from trivet.model.bounded import Ring, Voted
 from trivet.model.cache import LatentCache
+from trivet.model.compressed import LowRank
 from trivet.model.layers import Layout, Linear, Norms, apply_rope, yarn_temperature
 from trivet.model.native import FEW_QUERIES, FEW_ROWS, kernels
 from trivet.spec import MLA
 
+Memory = LatentCache | Ring | Voted
 EXPANDED = 2**19  # numbers of keys and values that a prompt's piece has at a time, if a head has no more
 
 
@@ -46,7 +49,7 @@ class LatentAttention(nn.Module):
     def new_cache(self, rows: int, slots: int, dtype: torch.dtype, device: torch.device) -> LatentCache:
         return LatentCache(self.spec, rows, slots, dtype, device)
 
-    def forward(self, x: Tensor, layout: Layout, cache: LatentCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, cache: Memory | None = None) -> Tensor:
         """x [B,T,D] -> [B,T,D]; a few queries a row with a cache are absorbed, all else expanded."""
         s = self.spec
         rotation = layout.rotation(s.rope)
@@ -58,14 +61,19 @@ class LatentAttention(nn.Module):
         memory = torch.cat((self.kv_norm(latent), k_rope), -1)  # [B,T,C+rope]
         if cache is not None:
             assert layout.positions is not None and layout.span is not None
-            memory = cache.update(memory, layout.positions, layout.span)  # [B,S,C+rope]
+            if isinstance(cache, Ring | Voted):
+                memory = cache.update((memory.unsqueeze(2),), layout.positions, layout.span)[0].squeeze(1)
+            else:
+                memory = cache.update(memory, layout.positions, layout.span)  # [B,S,C+rope]
         # For each remembered token expanding costs C (nope + v) a head once, absorbing C - nope + C - v more a query.
         few = x.shape[1] * (2 * s.kv_rank - s.nope_dim - s.v_dim) <= s.kv_rank * (s.nope_dim + s.v_dim)
         form = self.absorbed if cache is not None and layout.prompt is None and few else self.expanded
-        y = form(q_nope, q_rope, memory, layout)  # [B,T,H,v]
+        y = form(q_nope, q_rope, memory, layout, cache)  # [B,T,H,v]
         return self.o_proj(y.flatten(2))
 
-    def expanded(self, q_nope: Tensor, q_rope: Tensor, memory: Tensor, layout: Layout) -> Tensor:
+    def expanded(
+        self, q_nope: Tensor, q_rope: Tensor, memory: Tensor, layout: Layout, cache: Memory | None = None
+    ) -> Tensor:
         """Form every head's keys and values from the latents, then attend. -> [B,T,H,v]
 
         Of a prompt's piece a few heads at a time, so that keys and values never stand beside the cache in full.
@@ -73,6 +81,8 @@ class LatentAttention(nn.Module):
         s = self.spec
         latent, k_rope = memory.split((s.kv_rank, s.rope.dims), -1)
         width = s.nope_dim + s.v_dim
+        if isinstance(cache, LowRank):
+            latent = latent @ cache.back
         q = torch.cat((q_nope, q_rope), -1)
         some = s.heads if layout.prompt is None else max(1, EXPANDED // (memory[..., 0].numel() * (s.qk_dim + s.v_dim)))
         done = []
@@ -81,28 +91,37 @@ class LatentAttention(nn.Module):
             kv = self.kv_up.some(latent, rows).unflatten(-1, (-1, width))  # [B,S,H,nope+v]
             k_nope, v = kv.split((s.nope_dim, s.v_dim), -1)
             k = torch.cat((k_nope, k_rope.unsqueeze(2).expand(-1, -1, k_nope.shape[2], -1)), -1)
-            done.append(attend_documents(q[:, :, part], k, v, layout, self.scale))
+            if isinstance(cache, Ring | Voted):
+                done.append(attend_kept(q[:, :, part], k, v, cache, layout, self.scale))
+            else:
+                done.append(attend_documents(q[:, :, part], k, v, layout, self.scale))
         return done[0] if len(done) == 1 else torch.cat(done, 2)
 
-    def absorbed(self, q_nope: Tensor, q_rope: Tensor, memory: Tensor, layout: Layout) -> Tensor:
+    def absorbed(
+        self, q_nope: Tensor, q_rope: Tensor, memory: Tensor, layout: Layout, cache: Memory | None = None
+    ) -> Tensor:
         """Attend over the latents themselves: one (C+rope)-wide key, one C-wide value. -> [B,T,H,v]"""
         s = self.spec
         up = self.kv_up.matrix().view(s.heads, s.nope_dim + s.v_dim, s.kv_rank)  # [H,nope+v,C]
         w_uk, w_uv = up.split((s.nope_dim, s.v_dim), 1)
         batch, length = q_nope.shape[:2]
         q_c = per_head(q_nope.flatten(0, 1), w_uk)  # [B*T,H,C]
+        if isinstance(cache, LowRank):
+            q_c = q_c @ cache.back.T  # the query in the memory's coordinates
         q = torch.cat((q_c.unflatten(0, (batch, length)), q_rope), -1)  # [B,T,H,C+rope]
         # The values are the latents; the rotated key rides along, which is cheaper than cutting it off.
-        fast = kernels(q, memory)
-        if fast is not None and layout.cached and length <= FEW_QUERIES:
+        shared, fast = memory.unsqueeze(2), kernels(q, memory)  # [B,S,1,C+rope]
+        if isinstance(cache, Ring | Voted):
+            y = attend_kept(q, shared, shared, cache, layout, self.scale)
+        elif fast is not None and layout.cached and length <= FEW_QUERIES:
             assert layout.positions is not None
-            shared = memory.unsqueeze(2)  # [B,S,1,C+rope]
             y = fast.attend(q, shared, shared[..., : s.kv_rank], layout.positions, self.scale, None)
         else:
-            y = attend(
-                q.transpose(1, 2), memory.unsqueeze(1), memory.unsqueeze(1), layout.mask(dtype=memory.dtype), self.scale
-            )
-            y = y[..., : s.kv_rank].transpose(1, 2)  # [B,T,H,C]
+            mask = layout.mask(dtype=memory.dtype)
+            y = attend(q.transpose(1, 2), memory.unsqueeze(1), memory.unsqueeze(1), mask, self.scale).transpose(1, 2)
+        y = y[..., : s.kv_rank]  # [B,T,H,C]
+        if isinstance(cache, LowRank):
+            y = y @ cache.back
         return per_head(y.flatten(0, 1), w_uv.transpose(-1, -2)).unflatten(0, (batch, length))
 
 

@@ -19,13 +19,16 @@ from trivet.agent.loop import Episode, ModelStep, ToolStep, run_episode
 from trivet.chat import SOFT_SWITCH, Chat
 from trivet.config import UserError
 from trivet.engine import PREFIX_BYTES, Engine, EngineModel
+from trivet.engine.policy import RankByAge
 from trivet.messages import Message, Sampling
 from trivet.model import Transformer
 from trivet.model.lora import adapter_parameters
 from trivet.recipes.loading import Loading
-from trivet.recipes.verbs import drafter_of
+from trivet.recipes.verbs import drafter_of, ready_policy
 from trivet.tools import get_tool
 
+CALIBRATED_ON = ("1+1=", "12+30=", "7*8=", "95-14=")  # for a low-rank cache: what every tokenizer can write
+CALIBRATED_SLOTS = 2048
 FOLDED = 72  # characters of a thought that stay when it is folded
 
 
@@ -36,6 +39,7 @@ def converse(
     fold: bool,
     guess: str,
     how: Loading,
+    cache: str = "full",
 ) -> None:
     """Read lines, answer them. Raises UserError where the model or a tool can't be had."""
     console = Console(highlight=False)
@@ -43,9 +47,18 @@ def converse(
     tools = [get_tool(name) for name in tool_names]
     drafter = drafter_of(guess, model, how.device) if guess else None
     slots, thinking = model.spec.context_length, sampling.thinking
-    engine = Engine(model, chat, 1, slots, how.device, prefix_bytes=PREFIX_BYTES, drafter=drafter)
+    policy = ready_policy(
+        cache, model, chat, CALIBRATED_ON.__getitem__, len(CALIBRATED_ON), min(slots, CALIBRATED_SLOTS)
+    )
+    prefix = PREFIX_BYTES if policy.resumes else 0
+    engine = Engine(model, chat, 1, slots, how.device, prefix_bytes=prefix, drafter=drafter, policy=policy)
     once = chat.markers.single_turn
     _greet(directory, model, chat, console)
+    if isinstance(policy, RankByAge):
+        console.print(
+            f"The cache was calibrated on {len(CALIBRATED_ON)} texts that the model wrote, and it forgets: every turn "
+            "reads the whole conversation anew.", style="dim",
+        )  # fmt: skip
     history: list[Message] = []
     soft = SoftSwitch(chat, console)
     soft.note(thinking)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from trivet.chat import Chat
 from trivet.config import UserError
+from trivet.engine.calibrate import calibrate, written
+from trivet.engine.policy import Policy, RankByAge, parse_policy
 from trivet.engine.speculate import MTP, Draft, Drafter, NGram
 from trivet.hub.checkpoint import load_any
 from trivet.measure.evaluate import evaluate
@@ -22,29 +26,55 @@ from trivet.recipes.loading import Loading
 from trivet.tasks import make_task
 
 PROMPT_TOKENS = 4096  # of a problem, at most, where the model's context is longer
+CALIBRATED, CALIBRATION_TOKENS = 32, 256  # texts for a low-rank cache, and of each at most
 CACHE_BYTES = 4 * 10**9
 
 
 def evaluate_directory(
     directory: Path, task_name: str, settings: list[str], budgets: list[Budget], tools: bool, count: int,
-    sampling: Sampling, seed: int, as_json: bool, how: Loading,
+    sampling: Sampling, seed: int, as_json: bool, how: Loading, caches: str = "full",
 ) -> None:  # fmt: skip
-    """Print one line a budget (or a JSON list). Problems are of the task's test split."""
+    """Print one line a cache policy and budget (or a JSON list). Problems are of the task's test split.
+
+    A low-rank cache is calibrated on the model's own answers to problems of the train split.
+    """
     task = make_task({"name": task_name, **parse_settings(settings)})
     model, chat = how.load(directory, Console(stderr=True))
     slots = min(model.spec.context_length, PROMPT_TOKENS + sampling.max_tokens)
-    row_bytes = model.spec.cache_bytes_per_token(model.embed.element_size()) * slots + model.spec.state_bytes(4)
-    rows = max(1, min(512, CACHE_BYTES // row_bytes))
-    results = []
-    for budget in budgets:
-        asked = Sampling(temperature=sampling.temperature, max_tokens=sampling.max_tokens, thinking=budget)
-        results.append(
-            evaluate(model, chat, task, count=count, sampling=asked, tools=tools, seed=seed, max_rows=rows, slots=slots)
-        )
+    results, size = [], model.embed.element_size()
+    for name in caches.split(","):
+        policy = ready_policy(name, model, chat, lambda i: task.problem("train", i).prompt, CALIBRATED, slots)
+        row_bytes = policy.row_bytes(model.spec, slots, size)
+        rows = max(1, min(512, CACHE_BYTES // row_bytes))
+        for budget in budgets:
+            asked = Sampling(temperature=sampling.temperature, max_tokens=sampling.max_tokens, thinking=budget)
+            result = evaluate(
+                model, chat, task, count=count, sampling=asked, tools=tools, seed=seed, max_rows=rows, slots=slots,
+                policy=policy,
+            )  # fmt: skip
+            results.append((name, row_bytes, result))
     if as_json:
-        print(json.dumps([json.loads(r.model_dump_json(exclude={"samples"})) for r in results], indent=1))
+        told = [json.loads(r.model_dump_json(exclude={"samples"})) for _, _, r in results]
+        print(
+            json.dumps(
+                [t | {"cache": n, "cache_bytes": b} for t, (n, b, _) in zip(told, results, strict=True)], indent=1
+            )
+        )
     else:
-        _print(task.name, results)
+        _print(task.name, results, caches != "full", slots)
+
+
+def ready_policy(
+    cache: str, model: Transformer, chat: Chat, question: Callable[[int], str], count: int, slots: int
+) -> Policy:
+    """A policy by its name; one of low rank is calibrated on the model's own answers. Raises UserError for others."""
+    policy = parse_policy(cache)
+    if not isinstance(policy, RankByAge):
+        policy.check(model.spec)
+        return policy
+    policy.fits(model.spec)
+    texts = written(model.eval(), chat, [question(i) for i in range(count)], CALIBRATION_TOKENS, slots)
+    return policy.with_bases(calibrate(model, texts))
 
 
 def drafter_of(text: str, model: Transformer, device: torch.device) -> Drafter:
@@ -72,13 +102,15 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
     return parsed
 
 
-def _print(name: str, results: list[Result]) -> None:
+def _print(name: str, results: list[tuple[str, int, Result]], with_caches: bool, slots: int) -> None:
+    first = results[0][2]
     table = Table(
-        title=f"{name}, {results[0].questions} unseen problems, T = {results[0].temperature:g}",
+        title=f"{name}, {first.questions} unseen problems, T = {first.temperature:g}"
+        + (f"; caches of {slots:,} tokens" if with_caches else ""),
         box=None,
         title_justify="left",
     )
-    for column in (
+    columns = (
         "thinking",
         "accuracy",
         "95% interval",
@@ -89,13 +121,18 @@ def _print(name: str, results: list[Result]) -> None:
         "tokens",
         "not graded",
         "tok/s",
-    ):
-        table.add_column(column, justify="right")
-    for r in results:
-        thinking = "unlimited" if r.thinking is None else str(r.thinking)
-        table.add_row(
-            thinking, f"{r.accuracy.mean:.3f}", f"[{r.accuracy.low:.3f}, {r.accuracy.high:.3f}]".replace("[", "\\["),
+    )
+    shown = [0, 1, 2, 6, 7] if with_caches else list(range(len(columns)))  # a line holds no more
+    for column in ("cache", "bytes") if with_caches else ():
+        table.add_column(column, justify="right", no_wrap=True)
+    for i in shown:
+        table.add_column(columns[i], justify="right")
+    for cache, row_bytes, r in results:
+        cells = (
+            "unlimited" if r.thinking is None else str(r.thinking), f"{r.accuracy.mean:.3f}",
+            f"[{r.accuracy.low:.3f}, {r.accuracy.high:.3f}]".replace("[", "\\["),
             *(f"{share:.0%}" for share in (r.thinks, r.calls_tool, r.budget_hit, r.truncated)), f"{r.mean_tokens:.1f}",
             str(sum(n for status, n in r.statuses.items() if status != "ok")), f"{r.tokens_per_second:,.0f}",
         )  # fmt: skip
+        table.add_row(*((cache, f"{row_bytes:,}") if with_caches else ()), *(cells[i] for i in shown))
     Console(highlight=False).print(table)

@@ -41,6 +41,7 @@ from trivet.spec import Frozen
 from trivet.train.checkpoint import load_latest, save_state
 from trivet.train.data import Batch, Documents, PackedBatches, stable_hash
 from trivet.train.losses import head_loss
+from trivet.train.nested import shortened
 from trivet.train.optim import Optimizer, clip, schedule
 
 Precision = Literal["fp32", "bf16"]
@@ -73,6 +74,9 @@ class TrainConfig(Frozen):
     decay: Literal["linear", "cosine"] = Field(default="linear", description="how it falls")
     final_lr: float = Field(default=0.0, ge=0, le=1, description="factor of the rate at the end")
     mtp_weight: float = Field(default=0.3, ge=0, description="weight of multi-token prediction, if the model has it")
+    nested_rank: int = Field(
+        default=0, ge=0, description="MLA: half of the steps keep a random rank of this or more; 0: all of the latents"
+    )
     seed: int = Field(default=0, description="torch is seeded with (seed, step) at every step")
     log_every: int = Field(default=1, gt=0, description="steps between lines of metrics")
     eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only at the end")
@@ -211,7 +215,8 @@ class _Run:
         torch.manual_seed(stable_hash(config.seed, self.step))
         packed = [next(self.batches) for _ in range(config.accumulate)]
         batches = [batch.to(self.device) for batch in packed]
-        self.sums = backward(self.model, batches, config.mtp_weight, config.precision, config.recompute)
+        with shortened(self.model, config.nested_rank, stable_hash(config.seed, self.step, 1)):
+            self.sums = backward(self.model, batches, config.mtp_weight, config.precision, config.recompute)
         self.norm = clip(self.optimizer.parameters(), config.clip)
         self.rate = schedule(self.step, config.steps, config.warmup, config.decay_share, config.final_lr, config.decay)
         self.optimizer.step(self.rate)
