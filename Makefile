@@ -30,7 +30,7 @@ demo: .venv/.demo
 	$(BIN)/trivet run configs/demo.toml --out $(OUT)
 
 test: lint
-	$(BIN)/python -m pytest -x -q --timeout 120
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -x -q -n 2 --dist loadfile --timeout 240
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -57,11 +57,11 @@ def test_logits_decoding_and_gradients(family: str, seed: int, tmp_path: Path) -
             positions = torch.arange(at, at + size).expand(2, -1)
             pieces.append(ours(tokens[:, at : at + size], positions, caches, span=at + size))
             at += size
-        assert gap(ours.logits(torch.cat(pieces, 1)), want) < 1e-4
+        # Theirs in chunks and theirs token by token are 4e-4 apart: a norm a head enlarges what is almost zero.
+        assert gap(ours.logits(torch.cat(pieces, 1)), want) < (3e-4 if family == "qwen3_next" else 1e-4)
     for logits in (want, got):
         F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     expected = gradients(theirs, ours)
-    # Theirs in chunks and theirs token by token are 4e-4 apart: a norm a head enlarges what is almost zero.
     tolerance = 1e-3 if family == "qwen3_next" else 2e-4
     for name, p in ours.named_parameters():
         assert p.grad is not None and gap(p.grad, expected[name]) < tolerance, name

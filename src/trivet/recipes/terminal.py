@@ -100,7 +100,7 @@ def _greet(directory: Path, model: Transformer, chat: Chat, console: Console) ->
     habit = "It was trained on single questions, so each starts anew." if chat.markers.single_turn else "/new forgets."
     extra = sum(p.numel() for p in adapter_parameters(model).values())
     size = f"{model.spec.num_params():,} parameters" + (f" and {extra:,} in its adapter" if extra else "")
-    console.print(f"{directory}: {size}. {habit}", style="dim", markup=False)
+    console.print(f"{directory}: {size}. {habit}", style="dim", markup=False, soft_wrap=True)
     switches = ", /no_think and /think switch thinking" if chat.thinks == "can" else ""
     console.print(
         f"Ctrl-D or /quit ends, /budget N sets the thinking budget (off, none){switches}.", style="dim", markup=False
