@@ -30,7 +30,7 @@ def kinds(rng: random.Random) -> list[Request]:
     found = []
     for i in range(40):
         sampling = Sampling(
-            temperature=rng.choice((0.0, 1.0)), top_p=rng.choice((1.0, 0.9)), seed=i, max_tokens=rng.choice((1, 8, 24)),
+            temperature=rng.choice((0.0, 1.0)), top_p=rng.choice((1.0, 0.9)), seed=i, max_tokens=rng.choice((3, 8, 24)),
             thinking=rng.choice((None, "off", 0, 5)), answer_reserve=3, stop=rng.choice(((), ("7",))),
             presence_penalty=rng.choice((0.0, 0.0, 0.5)), grammar=REGEX if i % 8 == 3 else None,
         )  # fmt: skip
