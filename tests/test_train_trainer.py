@@ -125,7 +125,9 @@ def test_loss_is_the_mean_over_target_tokens() -> None:
     assert [load.sum().item() for load in sums.loads] == [2 * filled] * 3  # top 2; two layers and the MTP module
 
 
-def test_it_learns_and_says_what_it_did(tmp_path: Path) -> None:
+def test_it_learns_and_says_what_it_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert measure_peak("cpu") > 0.1  # a machine that others use gives another figure every time
+    monkeypatch.setattr("trivet.train.trainer.measure_peak", lambda device, precision: 50.0)
     config = CONFIG.model_copy(update={"steps": 60, "eval_every": 25, "log_every": 10})
     shown: list[dict[str, Any]] = []
     model = Transformer(SPEC, seed=1)
@@ -147,7 +149,7 @@ def test_it_learns_and_says_what_it_did(tmp_path: Path) -> None:
     assert summary["mtp_loss"] < lines[0]["mtp_loss"]
     assert 1 <= summary["expert_load"] <= 4
     assert summary["targets"] < summary["tokens"] <= summary["slots"] == 60 * 2 * 2 * 24
-    assert 0 < summary["mfu"] < 1 and summary["gflops"] == pytest.approx(summary["mfu"] * measure_peak("cpu"), rel=0.9)
+    assert 0 < summary["mfu"] < 1 and summary["gflops"] == pytest.approx(summary["mfu"] * 50.0)
     assert not torch.equal(model.layers[0].ffn.bias, first)  # type: ignore[union-attr,arg-type]
 
 
