@@ -84,7 +84,9 @@ def test_a_draft_that_is_the_model_is_always_right() -> None:
     done = engine.generate(asked)
     assert differences(done, Engine(model, CHAT, 9, SLOTS).generate(asked)) == []
     long = [c for c in done if c.stop is StopReason.LENGTH]
-    assert engine.stats.right_tokens > 0.9 * engine.stats.guessed_tokens * 0.8 and len(long) > 3
+    # Only what was guessed past the end of a request is not right, which is less than a guess's length for each.
+    assert engine.stats.right_tokens > 0.72 * engine.stats.guessed_tokens and len(long) > 3
+    assert engine.stats.guessed_tokens - engine.stats.right_tokens <= 3 * len(asked)
     bare = Engine(model, CHAT, 9, SLOTS)
     bare.generate(asked)
     assert engine.stats.decode_tokens == bare.stats.decode_tokens

@@ -11,7 +11,7 @@ the same prompt that wait for each other one computes it and the others copy its
 
 Python touches a single request only when it starts, ends, or has its thought cut.
 
-Left out: paging (rows are contiguous), speculation.
+Left out: paging (rows are contiguous).
 """
 
 from __future__ import annotations
@@ -138,7 +138,10 @@ class Engine:
         self._finish(live, StopReason.CANCELLED)
 
     def set_budget(self, id: int, thinking: int | Literal["off"] | None) -> None:
-        """Give a request that waits or runs another thinking budget; what it has thought so far counts."""
+        """Give a request that waits or runs another thinking budget; what it has thought so far counts.
+
+        Raises UserError for one that contradicts its minimum.
+        """
         live = self._by_id.get(id)
         if live is None:
             return
@@ -198,8 +201,7 @@ class Engine:
         new = list(islice(self._waiting, max(self.max_rows - len(rows), 0)))
         if not new:
             return
-        longest = max(live.known for live in new)
-        rows.reserve(len(rows) + len(new), min(longest + SPAN_STEP, self.slots), self.max_rows)
+        self._reserve(len(rows) + len(new), max(live.known for live in new) + SPAN_STEP)
         for _ in new:
             self._waiting.popleft()
         new.sort(key=lambda live: -live.known)  # neighbours are of a length; the order of equals stays
@@ -217,7 +219,10 @@ class Engine:
             if not rows.follows[live.row]:
                 self._look_up(live.row)
         self.stats.peak_rows = max(self.stats.peak_rows, len(rows))
-        self.stats.cache_bytes = max(self.stats.cache_bytes, rows.nbytes)
+
+    def _reserve(self, rows: int, columns: int) -> None:
+        if self.rows.reserve(rows, min(columns, self.slots), self.max_rows):
+            self.stats.cache_bytes = max(self.stats.cache_bytes, self.rows.nbytes)
 
     def _prepare_prefixes(self) -> None:
         """A store that belongs to the weights as they are."""
@@ -261,13 +266,11 @@ class Engine:
                     break
                 stop, width = stop + 1, wider
             part = slice(int(first), stop)
-            counts = np.minimum(left[part], width)
+            start, counts = rows.computed[part].copy(), np.minimum(left[part], width)
             if self.prefixes is not None and self.prefixes.states:
-                at = rows.computed[part]
-                counts = np.minimum(counts, SNAPSHOT_EVERY - at % SNAPSHOT_EVERY)
+                counts = np.minimum(counts, SNAPSHOT_EVERY - start % SNAPSHOT_EVERY)
             if self.policy.block:
-                counts = np.minimum(counts, self.policy.block - rows.computed[part] % self.policy.block)
-            start = rows.computed[part].copy()
+                counts = np.minimum(counts, self.policy.block - start % self.policy.block)
             hidden = self._feed(part, counts)
             self.writer.read_prompts(rows, part, counts, hidden)
             if self.drafter is not None:
@@ -314,14 +317,13 @@ class Engine:
         forced = len(self.chat.closing_ids)
         if rows.least[:n].any():
             forced = max(forced, len(self.chat.continuing_ids))
-        most = int(rows.wanted[:n].max()) + 1 + ahead + forced
-        rows.reserve(n, min(most, self.slots), self.max_rows)
+        self._reserve(n, int(rows.wanted[:n].max()) + 1 + ahead + forced)
         known, start = rows.wanted[:n].copy(), rows.computed[:n].copy()
         # Forced tokens go one by one with the others; what a wrong guess made a state forget, all at once.
         lacking = np.where(ready, np.minimum(known - start, 1 + ahead), 0)
         guessed = np.where(ready & (lacking == known - start), rows.guessed[:n], 0)
         guesses = rows.tokens[np.arange(n)[:, None], np.minimum(known[:, None] + np.arange(ahead), rows.columns - 1)]
-        before = [(cache, cache.copy()) for cache in rows.states] if guessed.any() else []
+        before = [(cache, cache.view(slice(0, n)).copy()) for cache in rows.states] if guessed.any() else []
         hidden = self._feed(slice(0, n), lacking + guessed)
         rows.computed[:n] -= guessed  # until they have turned out to be right
         going = np.flatnonzero(ready & (rows.computed[:n] == known))
@@ -355,7 +357,8 @@ class Engine:
         -> how many of each row's guesses were right, and the rows that ended, with the reason.
         """
         rows, right, ends = self.rows, np.zeros(len(known), np.int64), list[End]()
-        for depth in range(1 + guesses.shape[1]):
+        ahead = guesses.shape[1]
+        for depth in range(1 + ahead):
             if not len(going):
                 break
             self.stats.decode_tokens += len(going)
@@ -363,13 +366,13 @@ class Engine:
             going = going[~np.isin(going, [row for row, _ in failed])]
             over = self.writer.ended(rows, going)
             ends += [(row, StopReason.ERROR, error) for row, error in failed] + [(*end, None) for end in over]
-            going = going[~np.isin(going, [row for row, _ in over]) & (depth < guessed[going])]
+            going = going[~np.isin(going, [row for row, _ in over])]
+            if depth == ahead:
+                break
+            going = going[depth < guessed[going]]
             at = known[going] + depth
             # Forced tokens may have come instead of one that was drawn: then the guesses are of no use any more.
-            as_guessed = (
-                rows.tokens[going, at] == guesses[going, min(depth, guesses.shape[1] - 1)] if len(going) else at
-            )
-            going = going[(rows.wanted[going] == at + 1) & (as_guessed > 0)]
+            going = going[(rows.wanted[going] == at + 1) & (rows.tokens[going, at] == guesses[going, depth])]
             right[going] += 1
         return right, ends
 

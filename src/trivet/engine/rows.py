@@ -188,10 +188,10 @@ class Rows:
             live.row = row
 
     # --- memory ------------------------------------------------------------------------------------
-    def reserve(self, rows: int, columns: int, most_rows: int) -> None:
-        """Room for `rows` sequences of `columns` tokens; what is there stays."""
+    def reserve(self, rows: int, columns: int, most_rows: int) -> bool:
+        """Room for `rows` sequences of `columns` tokens; what is there stays. -> whether it had to grow."""
         if rows <= self.capacity and columns <= self.columns:
-            return
+            return False
         if rows > self.capacity:
             rows = min(most_rows, max(rows, 2 * self.capacity))
         rows = max(rows, self.capacity)
@@ -215,6 +215,7 @@ class Rows:
         for name, setting in settings.items():
             settings[name] = torch.cat((setting, setting.new_zeros(rows - len(setting))))
         self.capacity, self.columns = rows, columns
+        return True
 
     def _tables(self) -> list[tuple[str, np.ndarray]]:
         return [(name, table) for name, table in vars(self).items() if isinstance(table, np.ndarray)]

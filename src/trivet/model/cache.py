@@ -109,7 +109,7 @@ class KVCache(RowStore):
 
     def update(self, new: Sequence[Tensor], positions: Tensor, span: int) -> tuple[Tensor, ...]:
         """Write k, v [B,T,K,hd] at positions [B,T]; return what may be read, [B,K,span,hd] each."""
-        fast = kernels(*new, *self.tensors) if len(self.tensors) == 2 else None  # what 8 bits need is more, and mixed
+        fast = kernels(*new, *self.tensors)
         if fast is not None:
             for store, x in zip(self.tensors, new, strict=True):
                 fast.remember(store.transpose(1, 2), x, positions)
