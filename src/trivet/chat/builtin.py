@@ -14,17 +14,25 @@ SPECIAL = (
     "<tool_response> </tool_response>"
 ).split()
 
-TEMPLATE = """\
-{%- if tools -%}
-<system>You may call these tools, one JSON object a call between {{ tool_open }} and {{ tool_close }}:
-{% for tool in tools %}{{ tool | tojson }}
-{% endfor %}
-{%- endif -%}
+# Who speaks, up to the assistant's part: the same in the template that transformers gets (exported.py).
+ROLES = """\
 {%- for m in messages -%}
 {%- if m.role == "system" -%}<system>{{ m.content }}
 {%- elif m.role == "user" -%}<user>{{ m.content }}<assistant>
 {%- elif m.role == "tool" -%}<tool_response>{{ m.content }}</tool_response>
 {%- else -%}
+"""
+
+TEMPLATE = (
+    """\
+{%- if tools -%}
+<system>You may call these tools, one JSON object a call between {{ tool_open }} and {{ tool_close }}:
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}
+{%- endif -%}
+"""
+    + ROLES
+    + """\
 {%- if m.shut -%}<think></think>{%- endif -%}
 {%- generation -%}
 {%- if m.spliced -%}{{ m.spliced }}
@@ -45,6 +53,7 @@ TEMPLATE = """\
 {%- endfor -%}
 {%- if shut -%}<think></think>{%- endif -%}
 """
+)
 
 ALPHABET = [*(chr(code) for code in range(32, 127)), "…", "\n", *(f"={digit}" for digit in range(10))]
 

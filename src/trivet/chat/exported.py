@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import json
 
-from trivet.chat.builtin import TEMPLATE
+from trivet.chat.builtin import ROLES, TEMPLATE
 from trivet.chat.chat import Chat
 from trivet.chat.template import TemplateChat
 from trivet.config import UserError
 
 # builtin.TEMPLATE with what transformers passes: calls and tools in OpenAI's shape, `enable_thinking`.
-FOR_TRANSFORMERS = """\
+FOR_TRANSFORMERS = (
+    """\
 {%- set shut = enable_thinking is defined and not enable_thinking -%}
 {%- if tools and JSON -%}
 <system>You may call these tools, one JSON object a call between <tool_call> and </tool_call>:
 {% for tool in tools %}{{ tool.function | tojson }}
 {% endfor %}
 {%- endif -%}
-{%- for m in messages -%}
-{%- if m.role == "system" -%}<system>{{ m.content }}
-{%- elif m.role == "user" -%}<user>{{ m.content }}<assistant>
-{%- elif m.role == "tool" -%}<tool_response>{{ m.content }}</tool_response>
-{%- else -%}
+"""
+    + ROLES
+    + """\
 {%- if shut and loop.last -%}<think></think>{%- endif -%}
 {%- generation -%}
 {%- if m.reasoning_content is defined and m.reasoning_content is not none -%}
@@ -37,6 +36,7 @@ FOR_TRANSFORMERS = """\
 {%- endfor -%}
 {%- if add_generation_prompt and shut and not (messages and messages[-1].role == "tool") -%}<think></think>{%- endif -%}
 """
+)
 CALLS = {
     "json": '{"name": call.function.name, "arguments": call.function.arguments} | tojson',
     "bare": 'call.function.arguments.values() | join(" ")',

@@ -23,8 +23,7 @@ from trivet.engine.policy import RankByAge
 from trivet.messages import Message, Sampling
 from trivet.model import Transformer
 from trivet.model.lora import adapter_parameters
-from trivet.recipes.loading import Loading
-from trivet.recipes.verbs import drafter_of, ready_policy
+from trivet.recipes.loading import Loading, drafter_of, ready_policy
 from trivet.tools import get_tool
 
 CALIBRATED_ON = ("1+1=", "12+30=", "7*8=", "95-14=")  # for a low-rank cache: what every tokenizer can write

@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from trivet.chat import Chat
 from trivet.config import UserError
-from trivet.engine.calibrate import calibrate, written
-from trivet.engine.policy import Policy, RankByAge, parse_policy
-from trivet.engine.speculate import MTP, Draft, Drafter, NGram
-from trivet.hub.checkpoint import load_any
 from trivet.measure.evaluate import evaluate
 from trivet.measure.results import Budget, Result
 from trivet.messages import Sampling
-from trivet.model import Transformer
-from trivet.recipes.loading import Loading
+from trivet.recipes.loading import Loading, ready_policy
 from trivet.tasks import make_task
 
 PROMPT_TOKENS = 4096  # of a problem, at most, where the model's context is longer
-CALIBRATED, CALIBRATION_TOKENS = 32, 256  # texts for a low-rank cache, and of each at most
+CALIBRATED = 32  # texts for a low-rank cache
 CACHE_BYTES = 4 * 10**9
 
 
@@ -62,30 +54,6 @@ def evaluate_directory(
         )
     else:
         _print(task.name, results, caches != "full", slots)
-
-
-def ready_policy(
-    cache: str, model: Transformer, chat: Chat, question: Callable[[int], str], count: int, slots: int
-) -> Policy:
-    """A policy by its name; one of low rank is calibrated on the model's own answers. Raises UserError for others."""
-    policy = parse_policy(cache)
-    if not isinstance(policy, RankByAge):
-        policy.check(model.spec)
-        return policy
-    policy.fits(model.spec)
-    texts = written(model.eval(), chat, [question(i) for i in range(count)], CALIBRATION_TOKENS, slots)
-    return policy.with_bases(calibrate(model, texts))
-
-
-def drafter_of(text: str, model: Transformer, device: torch.device) -> Drafter:
-    """`ngram:4`, `mtp:2` or `DIRECTORY:4` as a drafter that guesses so many tokens ahead. Raises UserError."""
-    what, colon, number = text.rpartition(":")
-    if not colon or not number.isdigit() or int(number) < 1:
-        raise UserError(f"--guess {text!r} should read WHAT:TOKENS, for example ngram:4, mtp:2 or runs/small:4.")
-    ahead = int(number)
-    if what == "ngram":
-        return NGram(ahead)
-    return MTP(model, ahead) if what == "mtp" else Draft(load_any(Path(what), device).eval(), model, ahead)
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:
