@@ -137,7 +137,7 @@ def weights(args: argparse.Namespace, facts: dict[str, Any]) -> list[dict[str, A
         size = sum(p.nbytes for p in model.parameters())
         models[name] = model.eval()
         if bits is not None:
-            _, size = quantise(model, bits)  # type: ignore[arg-type]
+            _, size, _ = quantise(model, bits)  # type: ignore[arg-type]
         total, count = 0.0, 0
         for i in range(args.count * 8):
             problem = task.problem("test", i, None)

@@ -68,20 +68,26 @@ def test_packed_products_are_those_of_the_dequantised_matrix(bits: str, rows: in
 def test_a_quantised_model_is_smaller_and_close(bits: str) -> None:
     model, other, small = big(), big(), big()
     tokens = torch.randint(20, CHAT.vocab_size, (4, 40), generator=torch.Generator().manual_seed(2))
-    before, after = quantise(small, bits)  # type: ignore[arg-type]
+    before, after, left = quantise(small, bits)  # type: ignore[arg-type]
     with torch.no_grad():
         for p in other.parameters():  # a model whose matrices are off by as much as 20%
             if p.ndim > 1:
                 p.mul_(1 + 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(3)).to(p))
         want, got, off = (m.logits(m(tokens)).float().log_softmax(-1) for m in (model, small, other))
     kl = lambda p: float((want.exp() * (want - p)).sum(-1).mean())  # noqa: E731
-    assert after < before and 0 < kl(got) < {"int8": 0.02, "int4": 0.2}[bits] * kl(off)
+    assert left == 0 and after < before and 0 < kl(got) < {"int8": 0.02, "int4": 0.2}[bits] * kl(off)
     names = dict(small.named_modules())
     assert isinstance(names["layers.1.mixer.o_proj"], QuantLinear)
     assert not isinstance(names["layers.1.mixer.kv_up"], QuantLinear)
 
 
-def test_what_is_left_out_is_counted_and_said() -> None:
+def test_what_does_not_fit_stays_and_is_counted() -> None:
+    model = noisy(spec_of(PATTERNS["mla"])).bfloat16()
+    before, after, left = quantise(model, "int4")
+    assert left > 0 and not any(isinstance(m, QuantLinear) for m in model.modules()) and after == before
+
+
+def test_int4_wants_bf16() -> None:
     model = noisy(spec_of(PATTERNS["mla"]))
     with pytest.raises(UserError, match="bf16 only"):
         quantise(model, "int4")

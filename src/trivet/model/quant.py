@@ -109,8 +109,10 @@ class QuantFFN(nn.Module):
         return out
 
 
-def quantise(model: Transformer, bits: Bits) -> tuple[int, int]:
-    """Replace the model's matrices in place -> bytes of all its tensors before and after. Raises UserError.
+def quantise(model: Transformer, bits: Bits) -> tuple[int, int, int]:
+    """Replace the model's matrices in place. Raises UserError.
+
+    -> bytes of all its tensors before and after, and how many layers stayed as they are for their shape.
 
     int4's kernel computes in bf16 only, and wants inputs in multiples of 32 and outputs of 16; a matrix that has
     others stays as it is.
@@ -119,14 +121,21 @@ def quantise(model: Transformer, bits: Bits) -> tuple[int, int]:
         raise UserError("int4 weights are computed with in bf16 only: load the model in bf16.")
     if any(".lora." in name for name, _ in model.named_parameters()):
         raise UserError("Merge the adapter before the weights are quantised: trivet export does.")
-    before = _bytes(model)
+    before, left = _bytes(model), 0
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, Linear) and _fits(child.weight, bits) and not _absorbed(module, name):
-                setattr(module, name, QuantLinear(child.weight, child.bias, bits))
-            elif isinstance(child, DenseFFN) and _fits(child.gate_up.flatten(0, 1), bits) and _fits(child.down, bits):
-                setattr(module, name, QuantFFN(child, bits))
-    return before, _bytes(model)
+            if isinstance(child, Linear) and not _absorbed(module, name):
+                fits = _fits(child.weight, bits)
+                if fits:
+                    setattr(module, name, QuantLinear(child.weight, child.bias, bits))
+            elif isinstance(child, DenseFFN):
+                fits = _fits(child.gate_up.flatten(0, 1), bits) and _fits(child.down, bits)
+                if fits:
+                    setattr(module, name, QuantFFN(child, bits))
+            else:
+                continue
+            left += not fits
+    return before, _bytes(model), left
 
 
 def _fits(weight: Tensor, bits: Bits) -> bool:

@@ -43,7 +43,7 @@ def load() -> ModuleType | None:
         return module
     except (OSError, ImportError, RuntimeError) as e:
         warnings.warn(
-            f"No decode kernels, so decoding on this CPU is two to six times slower than it could be: {e} "
+            f"No decode kernels, so a step of decoding on this CPU takes two to four times as long as it could: {e} "
             "Install g++ and Python's headers, or set TRIVET_NATIVE=0 to do without.",
             stacklevel=2,
         )
