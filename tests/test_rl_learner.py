@@ -15,7 +15,8 @@ from trivet.config import UserError
 from trivet.engine import Engine
 from trivet.messages import Message, Sampling, Score
 from trivet.model import Transformer
-from trivet.rl.learner import TIMES, RLConfig, _Run, learn
+from trivet.rl.config import RLConfig
+from trivet.rl.learner import TIMES, _Run, learn
 from trivet.rl.rollout import Job, draw_problems, play
 from trivet.rl.update import pack
 from trivet.spec import GQA, MLA, GatedDeltaNet, Lightning, ModelSpec, MoE, Rope, SwiGLU

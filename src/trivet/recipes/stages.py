@@ -33,7 +33,8 @@ from trivet.model import Transformer
 from trivet.model.lora import LoRA
 from trivet.recipes.adapted import prepare, save_result
 from trivet.recipes.workers import Tell, side_by_side
-from trivet.rl.learner import RLConfig, learn
+from trivet.rl.config import RLConfig
+from trivet.rl.learner import learn
 from trivet.spec import Frozen, ModelSpec
 from trivet.tasks import Split, Task, make_task
 from trivet.tools import get_tool

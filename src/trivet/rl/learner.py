@@ -33,10 +33,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from trivet.agent.loop import Row
@@ -47,11 +46,12 @@ from trivet.engine import PREFIX_BYTES, Engine
 from trivet.messages import Sampling
 from trivet.model import Routing, Transformer
 from trivet.model.lora import adapter_parameters, fingerprint
+from trivet.rl.config import RLConfig
 from trivet.rl.objectives import Totals, advantages, find_objective, policy_loss
 from trivet.rl.reference import Reference
 from trivet.rl.rollout import Attempt, Job, draw_problems, play
+from trivet.rl.summary import describe
 from trivet.rl.update import Packed, pack
-from trivet.spec import Frozen
 from trivet.tasks import Task
 from trivet.train.checkpoint import load_latest, save_state
 from trivet.train.data import stable_hash
@@ -62,52 +62,6 @@ from trivet.train.trainer import Board, Deferred, Interrupted
 TIMES = (  # metrics that differ from run to run
     "seconds", "seconds_generating", "seconds_training", "tokens_per_second", "training_tokens_per_second",
 )  # fmt: skip
-
-
-class RLConfig(Frozen):
-    """How to learn from rewards. Nothing here says which tasks."""
-
-    steps: int = Field(gt=0, description="batches of episodes, each sampled with fresh weights")
-    problems: int = Field(default=32, gt=0, description="problems of a batch")
-    group: int = Field(default=16, ge=2, description="episodes of each problem")
-    temperature: float = Field(default=1.0, gt=0, description="of sampling, and of the probabilities trained")
-    max_tokens: int = Field(default=256, gt=0, description="tokens the model may write in an episode")
-    thinking: int | Literal["off"] | None = Field(
-        default=None, description="thinking budget in tokens; unset: unlimited; 'off': no thinking"
-    )
-    max_turns: int = Field(default=8, gt=0, description="completions of an episode, tool calls between them")
-    max_rows: int = Field(default=512, gt=0, description="episodes that are generated at the same time")
-    objective: str = Field(default="dapo", description="reinforce, rloo, grpo, dr_grpo, dapo, cispo or gspo")
-    overrides: dict[str, Any] = Field(default_factory=dict, description="choices of the objective to change")
-    updates_per_batch: int = Field(default=1, gt=0, description="optimizer steps on each batch, all of it")
-    muon_lr: float = Field(default=0.003, ge=0, description="learning rate of the matrices")
-    adam_lr: float = Field(default=3e-4, ge=0, description="learning rate of everything else")
-    decay_share: float = Field(
-        default=0.0, ge=0, le=1, description="last share of the run, in which the rate falls to 0"
-    )
-    weight_decay: float = Field(default=0.0, ge=0, description="decoupled; spares vectors")
-    clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient; inf: never clip")
-    rows: int = Field(default=16, gt=0, description="rows of a microbatch of the update")
-    length: int = Field(default=256, gt=0, description="token slots of a row; the longest episode that fits")
-    recompute: bool = Field(default=False, description="activation checkpointing in the update, see TrainConfig")
-    seed: int = Field(default=0, description="problems and episodes are hashes of it")
-    mismatch_limit: float = Field(
-        default=1e-3, gt=0, description="stop when KL(engine || trainer) a token exceeds this"
-    )
-    not_ok_limit: float = Field(
-        default=0.02, ge=0, le=1, description="stop when more than this share of a batch could not be graded"
-    )
-    eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only at the end")
-    save_every_seconds: float = Field(default=60.0, ge=0, description="time between saved states")
-    tensorboard: bool = Field(default=True, description="write TensorBoard event files too")
-
-    @model_validator(mode="after")
-    def _objective_exists(self) -> RLConfig:
-        try:
-            find_objective(self.objective, self.overrides)
-        except UserError as e:
-            raise ValueError(str(e).rstrip(".")) from None
-        return self
 
 
 def learn(
@@ -375,31 +329,3 @@ class _Run:
     def close(self) -> None:
         if self.board is not None:
             self.board.close()
-
-
-def describe(attempts: Sequence[Attempt], group: int) -> dict[str, Any]:
-    """Metrics of a batch before any update. Rewards are means over the scores that are ok."""
-    n = len(attempts)
-    ok = [a for a in attempts if a.score.ok]
-    values: dict[str, Any] = {
-        "reward": _mean([a.score.value for a in ok]),
-        "accuracy": _mean([a.score.value >= 1 for a in ok]),
-    }
-    for name in sorted({a.job.task.name for a in ok}):
-        values[f"reward/{name}"] = _mean([a.score.value for a in ok if a.job.task.name == name])
-    values |= {
-        "thinks": sum(a.thinks for a in attempts) / n,
-        "calls_tool": sum(a.calls_tool for a in attempts) / n,
-        "budget_hit": sum(a.episode.budget_hit for a in attempts) / n,
-        "truncated": sum(a.truncated for a in attempts) / n,
-        "reasoning_tokens": sum(a.episode.reasoning_tokens for a in attempts) / n,
-        "answer_tokens": sum(a.tokens - a.episode.reasoning_tokens for a in attempts) / n,
-        "not_ok": n - len(ok),
-    }
-    for status, count in sorted(Counter(a.score.status for a in attempts if not a.score.ok).items()):
-        values[f"not_ok/{status}"] = count
-    return values
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0

@@ -1,0 +1,57 @@
+"""How to learn from rewards, as a table in TOML: `[rl]`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from trivet.config import UserError
+from trivet.rl.objectives import find_objective
+from trivet.spec import Frozen
+
+
+class RLConfig(Frozen):
+    """How to learn from rewards. Nothing here says which tasks."""
+
+    steps: int = Field(gt=0, description="batches of episodes, each sampled with fresh weights")
+    problems: int = Field(default=32, gt=0, description="problems of a batch")
+    group: int = Field(default=16, ge=2, description="episodes of each problem")
+    temperature: float = Field(default=1.0, gt=0, description="of sampling, and of the probabilities trained")
+    max_tokens: int = Field(default=256, gt=0, description="tokens the model may write in an episode")
+    thinking: int | Literal["off"] | None = Field(
+        default=None, description="thinking budget in tokens; unset: unlimited; 'off': no thinking"
+    )
+    max_turns: int = Field(default=8, gt=0, description="completions of an episode, tool calls between them")
+    max_rows: int = Field(default=512, gt=0, description="episodes that are generated at the same time")
+    objective: str = Field(default="dapo", description="reinforce, rloo, grpo, dr_grpo, dapo, cispo or gspo")
+    overrides: dict[str, Any] = Field(default_factory=dict, description="choices of the objective to change")
+    updates_per_batch: int = Field(default=1, gt=0, description="optimizer steps on each batch, all of it")
+    muon_lr: float = Field(default=0.003, ge=0, description="learning rate of the matrices")
+    adam_lr: float = Field(default=3e-4, ge=0, description="learning rate of everything else")
+    decay_share: float = Field(
+        default=0.0, ge=0, le=1, description="last share of the run, in which the rate falls to 0"
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled; spares vectors")
+    clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient; inf: never clip")
+    rows: int = Field(default=16, gt=0, description="rows of a microbatch of the update")
+    length: int = Field(default=256, gt=0, description="token slots of a row; the longest episode that fits")
+    recompute: bool = Field(default=False, description="activation checkpointing in the update, see TrainConfig")
+    seed: int = Field(default=0, description="problems and episodes are hashes of it")
+    mismatch_limit: float = Field(
+        default=1e-3, gt=0, description="stop when KL(engine || trainer) a token exceeds this"
+    )
+    not_ok_limit: float = Field(
+        default=0.02, ge=0, le=1, description="stop when more than this share of a batch could not be graded"
+    )
+    eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only at the end")
+    save_every_seconds: float = Field(default=60.0, ge=0, description="time between saved states")
+    tensorboard: bool = Field(default=True, description="write TensorBoard event files too")
+
+    @model_validator(mode="after")
+    def _objective_exists(self) -> RLConfig:
+        try:
+            find_objective(self.objective, self.overrides)
+        except UserError as e:
+            raise ValueError(str(e).rstrip(".")) from None
+        return self
