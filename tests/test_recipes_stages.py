@@ -19,7 +19,9 @@ import torch
 from safetensors.torch import load_file
 
 from trivet.config import UserError, validate
-from trivet.recipes.stages import Recipe, RLStage, TrainStage, reseed, waves
+from trivet.recipes.kinds.rl import RLStage
+from trivet.recipes.kinds.train import TrainStage
+from trivet.recipes.stages import Recipe, waves
 
 RECIPE = """
 name = "small"
@@ -180,7 +182,7 @@ def test_another_seed_is_another_run(straight: Path, tmp_path: Path) -> None:
     assert recipe.seed == 0
     train = TrainStage.model_validate({"model": {"d_model": 8, "pattern": "a/b", "mixers": {"a": {"kind": "lightning", "heads": 1, "head_dim": 8}}, "ffns": {"b": {"kind": "swiglu", "hidden": 8}}}, "tasks": [{"name": "chain"}], "train": {"steps": 1, "rows": 1, "length": 8, "seed": 5}})  # fmt: skip
     rl = RLStage.model_validate({"start": "a", "tasks": [{"name": "chain"}], "rl": {"steps": 1}})
-    assert reseed(train, 3).train.seed == 8 and reseed(rl, 3).rl.seed == 3  # type: ignore[union-attr]
+    assert train.reseeded(3).train.seed == 8 and rl.reseeded(3).rl.seed == 3  # type: ignore[union-attr]
 
 
 def limit_file_size() -> None:

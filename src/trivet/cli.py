@@ -95,7 +95,7 @@ def train(
     config: ConfigFile, overrides: Overrides = None, out: Out = Path("runs/train"), device: Device = "auto"
 ) -> None:
     """Pretrain or fine-tune: on tasks, on your own JSONL, or on plain text."""
-    from trivet.recipes.stages import TrainStage
+    from trivet.recipes.kinds.train import TrainStage
 
     _one_stage(config, TrainStage, overrides, out, device)
 
@@ -103,7 +103,7 @@ def train(
 @app.command()
 def rl(config: ConfigFile, overrides: Overrides = None, out: Out = Path("runs/rl"), device: Device = "auto") -> None:
     """Reinforcement learning with verifiable rewards, from a trained model."""
-    from trivet.recipes.stages import RLStage
+    from trivet.recipes.kinds.rl import RLStage
 
     _one_stage(config, RLStage, overrides, out, device)
 
@@ -295,8 +295,9 @@ def plan(
 # ------------------------------------------------------------------------------------------- helpers
 def _one_stage(config: Path, schema: Any, overrides: list[str] | None, out: Path, device: str) -> None:
     from trivet.config import load
+    from trivet.recipes.kinds.base import Context
     from trivet.recipes.progress import Live
-    from trivet.recipes.stages import Context, run_stage
+    from trivet.recipes.stages import run_stage
 
     stage = load(config, schema, overrides or [])
     on = _device(device, stage.threads)

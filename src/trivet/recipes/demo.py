@@ -39,7 +39,9 @@ from trivet.measure.results import (
 )  # fmt: skip
 from trivet.messages import Sampling
 from trivet.model import Routing, Transformer
-from trivet.recipes.stages import Context, ReportStage, waves
+from trivet.recipes.kinds.base import Context
+from trivet.recipes.kinds.report import ReportStage
+from trivet.recipes.stages import waves
 from trivet.recipes.workers import Tell, side_by_side
 from trivet.tasks import Task, make_task
 from trivet.train.data import Mixture, PackedBatches, TaskDocuments

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from trivet.recipes.stages import Progress as Report
+from trivet.recipes.kinds.base import Progress as Report
 from trivet.recipes.stages import Stage
 
 LINE_EVERY = 10.0  # seconds between lines where there is no terminal

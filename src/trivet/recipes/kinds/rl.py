@@ -1,0 +1,37 @@
+"""Stages that learn from rewards."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field
+
+from trivet.model.lora import LoRA
+from trivet.recipes.adapted import save_result
+from trivet.recipes.kinds.base import Context, StageBase, load_start, load_tasks
+from trivet.rl.config import RLConfig
+from trivet.rl.learner import learn
+
+
+class RLStage(StageBase):
+    """Reinforcement learning with verifiable rewards, from a trained model."""
+
+    kind: Literal["rl"] = "rl"
+    start: str = Field(description="stage or model directory to start from")
+    lora: LoRA | None = Field(default=None, description="train adapters of `start`, not its weights")
+    tasks: tuple[dict[str, Any], ...] = Field(min_length=1, description="tasks to learn: name, weight, settings")
+    rl: RLConfig
+
+    def inputs(self) -> set[str]:
+        return {self.start}
+
+    def reseeded(self, seed: int) -> Self:
+        return self.model_copy(update={"rl": self.rl.model_copy(update={"seed": self.rl.seed + seed})})
+
+
+def run(stage: RLStage, context: Context) -> dict[str, Any]:
+    start, model, chat = load_start(stage.start, stage.lora, stage.rl.seed, context)
+    tasks = load_tasks(stage.tasks)
+    summary = learn(model, chat, tasks, stage.rl, context.out, progress=context.progress, device=context.device)
+    save_result(model, chat, context.out, start)
+    return summary
