@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from trivet.chat import Chat
@@ -45,13 +46,20 @@ def prepare(model: Transformer, lora: LoRA | None, start: Path, seed: int, say: 
 
 def save_result(model: Transformer, chat: Chat, out: Path, start: Path | None) -> None:
     """The standard files of a model directory, or of an adapter's, each replaced as a whole."""
-    with atomic_dir(out / ".final") as aside:
+    with result(out) as aside:
         if start is not None and adapters(model):
             base = base_of(start)
             save_adapter(model, aside, base, family_of(base))
         else:
             save_model(model, aside)
         chat.save(aside)
+
+
+@contextmanager
+def result(out: Path) -> Iterator[Path]:
+    """A folder to write a stage's final files to; they are then moved to `out`, each replaced as a whole."""
+    with atomic_dir(out / ".final") as aside:
+        yield aside
     for file in sorted((out / ".final").iterdir()):
         file.rename(out / file.name)
     (out / ".final").rmdir()

@@ -26,17 +26,24 @@ from pydantic import Field, model_validator
 
 from trivet.config import UserError
 from trivet.disk import write_atomic
-from trivet.recipes.kinds import report, rl, train
+from trivet.recipes.kinds import distil, preference, report, rl, sample, train
 from trivet.recipes.kinds.base import Context, Progress
+from trivet.recipes.kinds.distil import DistilStage
+from trivet.recipes.kinds.preference import PreferenceStage
 from trivet.recipes.kinds.report import ReportStage
 from trivet.recipes.kinds.rl import RLStage
+from trivet.recipes.kinds.sample import SampleStage
 from trivet.recipes.kinds.train import TrainStage
 from trivet.recipes.workers import Tell, side_by_side
 from trivet.spec import Frozen
 from trivet.train.checkpoint import first_difference
 
-Stage = Annotated[TrainStage | RLStage | ReportStage, Field(discriminator="kind")]
-RUNNERS: dict[str, Callable[[Any, Context], dict[str, Any]]] = {"train": train.run, "rl": rl.run, "report": report.run}
+Stage = Annotated[
+    TrainStage | RLStage | SampleStage | PreferenceStage | DistilStage | ReportStage, Field(discriminator="kind")
+]
+RUNNERS: dict[str, Callable[[Any, Context], dict[str, Any]]] = {
+    "train": train.run, "rl": rl.run, "sample": sample.run, "preference": preference.run, "distil": distil.run, "report": report.run,
+}  # fmt: skip
 
 
 class Recipe(Frozen):

@@ -8,8 +8,10 @@ from typing import Any
 from trivet.config import UserError, nearest, validate
 from trivet.spec import Frozen
 from trivet.tasks.arithmetic import Arithmetic, ArithmeticConfig
+from trivet.tasks.arrange import Arrange, ArrangeConfig
 from trivet.tasks.base import Demo, Problem, Split, Task
 from trivet.tasks.chain import Chain, ChainConfig
+from trivet.tasks.conversations import Conversations, ConversationsConfig
 from trivet.tasks.gym import Gym, GymConfig
 from trivet.tasks.jsonl import Jsonl, JsonlConfig
 from trivet.tasks.search import Search, SearchConfig
@@ -18,7 +20,9 @@ TASKS: dict[str, tuple[type[Frozen], Callable[[Any], Task]]] = {
     "chain": (ChainConfig, Chain),
     "search": (SearchConfig, Search),
     "arithmetic": (ArithmeticConfig, Arithmetic),
+    "arrange": (ArrangeConfig, Arrange),
     "jsonl": (JsonlConfig, Jsonl),
+    "conversations": (ConversationsConfig, Conversations),
     "gym": (GymConfig, Gym),
 }
 

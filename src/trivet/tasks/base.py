@@ -36,10 +36,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Demo:
-    """A worked example. thinking=False: it shows how to answer with the thinking block shut."""
+    """A worked example. thinking=False: it shows how to answer with the thinking block shut.
+
+    learn_thoughts=False: thoughts stand in it without loss, so that only the answers are learnt.
+    """
 
     messages: tuple[Message, ...]
     thinking: bool = True
+    learn_thoughts: bool = True
 
 
 class Task(Protocol):

@@ -9,6 +9,7 @@ instead of the rule, which ends with the longest example (docs/LOG.md). The thin
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -18,6 +19,7 @@ from trivet.spec import Frozen
 from trivet.tasks.base import Demo, Problem, Split, draw
 
 OPERATORS = "+-*"
+LETTERS = str.maketrans("0123456789", "abcdefghij")
 
 
 def apply(a: int, operator: str, b: int) -> int:
@@ -35,12 +37,16 @@ class ChainConfig(Frozen):
         description="most steps that an example works out; longer chains are cut before the next result",
     )
     cut: float = Field(default=0.12, ge=0, le=1, description="share cut at a random token, as a budget would")
+    hasty: float = Field(default=0.0, ge=0, le=1, description="share that ends its thought too early by itself")
+    letters: float = Field(default=0.0, ge=0, le=1, description="share of steps in another language: a..j for 0..9")
     seed: int = 0
 
     @model_validator(mode="after")
     def _ordered(self) -> ChainConfig:
         if self.max_steps < self.min_steps:
             raise ValueError(f"max_steps ({self.max_steps}) is below min_steps ({self.min_steps})")
+        if self.no_think + self.cut + self.hasty > 1:
+            raise ValueError("no_think, cut and hasty are shares of one whole: together at most 1")
         return self
 
 
@@ -73,6 +79,8 @@ class Chain:
         """Thinking, cut as a budget would cut it, or without any. Never works out more than `shown` steps."""
         user, thought = Message("user", problem.prompt), problem.meta["thought"]
         kind = rng.random()
+        if self.config.letters:
+            thought = mixed(thought, self.config.letters, rng)
         if kind < self.config.no_think:
             return Demo((user, Message("assistant", problem.answer)), thinking=False)
         results = [i for i, piece in enumerate(thought) if piece[0] == "=" and piece != "="]
@@ -80,9 +88,22 @@ class Chain:
             kept = rng.randint(results[self.config.shown - 1] + 1, results[self.config.shown])
         elif kind < self.config.no_think + self.config.cut:
             kept = rng.randint(1, results[-1])
+        elif kind < self.config.no_think + self.config.cut + self.config.hasty:
+            early = "".join(thought[: rng.choice([0, *(r + 1 for r in results[:-1])])])
+            return Demo((user, Message("assistant", problem.answer, early)))
         else:
             return Demo((user, Message("assistant", problem.answer, "".join(thought))))
         return Demo((user, Message("assistant", problem.answer, "".join(thought[:kept]), cut=True)))
 
     def grade(self, problem: Problem, message: Message) -> Score:
         return Score(float(message.content.strip() == problem.answer))
+
+
+def mixed(thought: Sequence[str], share: float, rng: random.Random) -> list[str]:
+    """The thought with a share of its steps, the start among them, in letters."""
+    pieces, letters = [], rng.random() < share
+    for piece in thought:
+        if piece in OPERATORS:
+            letters = rng.random() < share
+        pieces.append(piece.translate(LETTERS) if letters else piece)
+    return pieces

@@ -106,7 +106,19 @@ class TaskDocuments:
         rng = random.Random(stable_hash(self.seed, index))
         demo = self.task.demonstrate(self.task.problem(self.split, index), rng)
         rendered = self.chat.render(demo.messages, self.tools, thinking=demo.thinking)
-        return Document(rendered.ids, rendered.mask)
+        mask = rendered.mask if demo.learn_thoughts else without_thoughts(rendered.ids, rendered.mask, self.chat)
+        return Document(rendered.ids, mask)
+
+
+def without_thoughts(ids: Sequence[int], mask: Sequence[bool], chat: Chat) -> list[bool]:
+    """The mask without what each of the assistant's turns wrote up to the end of its last thought."""
+    kept, start = list(mask), 0
+    for i, wrote in enumerate(mask):
+        if not wrote:
+            start = i + 1
+        elif ids[i] == chat.think_close_id:
+            kept[start : i + 1] = [False] * (i + 1 - start)
+    return kept
 
 
 class TextDocuments:

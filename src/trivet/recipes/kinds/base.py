@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from trivet.recipes.stages import Recipe
 
 Progress = Callable[[dict[str, Any]], None]
+DATA = "data.jsonl"  # what a stage that makes data writes
 
 
 class StageBase(Frozen):
@@ -58,6 +59,11 @@ class Context:
             raise UserError(f"{name!r} is neither a stage nor a directory.{nearest(name, stages)}")
         return path
 
+    def data(self, name: str) -> Path:
+        """The data of an earlier stage by its name, or any file by path."""
+        stages = list(self.recipe.stages) if self.recipe else []
+        return self.run / name / DATA if name in stages else Path(name)
+
 
 def load_start(start: str, lora: LoRA | None, seed: int, context: Context) -> tuple[Path | None, Transformer, Chat]:
     """The model to go on from, ready to learn."""
@@ -67,13 +73,15 @@ def load_start(start: str, lora: LoRA | None, seed: int, context: Context) -> tu
     return path, model, chat
 
 
-def load_tasks(configs: tuple[dict[str, Any], ...]) -> list[tuple[Task, float]]:
-    """(task, weight) of each table; every key but `weight` belongs to the task."""
+def load_tasks(configs: tuple[dict[str, Any], ...], context: Context) -> list[tuple[Task, float]]:
+    """(task, weight) of each table; every key but `weight` belongs to the task. A `path` may name a stage with data."""
     tasks = []
     for config in configs:
         settings = dict(config)
         weight = settings.pop("weight", 1.0)
         if not isinstance(weight, int | float) or weight < 0:
             raise UserError(f"task {config.get('name')!r}: weight must be a number >= 0, not {weight!r}.")
+        if isinstance(settings.get("path"), str):
+            settings["path"] = str(context.data(settings["path"]))
         tasks.append((make_task(settings), float(weight)))
     return tasks

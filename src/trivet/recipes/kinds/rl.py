@@ -31,7 +31,7 @@ class RLStage(StageBase):
 
 def run(stage: RLStage, context: Context) -> dict[str, Any]:
     start, model, chat = load_start(stage.start, stage.lora, stage.rl.seed, context)
-    tasks = load_tasks(stage.tasks)
+    tasks = load_tasks(stage.tasks, context)
     summary = learn(model, chat, tasks, stage.rl, context.out, progress=context.progress, device=context.device)
     save_result(model, chat, context.out, start)
     return summary

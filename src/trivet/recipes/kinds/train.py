@@ -51,14 +51,15 @@ class TrainStage(StageBase):
         return self
 
     def inputs(self) -> set[str]:
-        return {self.start} if self.start is not None else set()
+        paths = {task["path"] for task in self.tasks if isinstance(task.get("path"), str)}
+        return paths | ({self.start} if self.start is not None else set())
 
     def reseeded(self, seed: int) -> Self:
         return self.model_copy(update={"train": self.train.model_copy(update={"seed": self.train.seed + seed})})
 
 
 def run(stage: TrainStage, context: Context) -> dict[str, Any]:
-    tasks = load_tasks(stage.tasks)
+    tasks = load_tasks(stage.tasks, context)
     if stage.start is not None:
         start, model, chat = load_start(stage.start, stage.lora, stage.train.seed, context)
     else:
