@@ -101,8 +101,8 @@ def run(stage: SampleStage, context: Context) -> dict[str, Any]:
     summary = {
         "problems": config.problems,
         "answers": config.problems * config.n,
-        "kept": len(lines),
-        **sorted_(counts),
+        "kept": len(kept),
+        **dict(counts.most_common()),
     }
     context.say(f"{context.out.name}: " + ", ".join(f"{n:,} {name}" for name, n in summary.items()))
     return summary
