@@ -70,6 +70,21 @@ def reward_curve(name: str, rows: Rows) -> str | None:
     return _svg(figure)
 
 
+def learning_curves(stages: Mapping[str, Rows], keys: Mapping[str, str]) -> str | None:
+    """Panels of RL metrics over steps, one line a stage: `keys` says which, and what their axes are called."""
+    found = {key: {name: _pick(rows, key) for name, rows in stages.items()} for key in keys}
+    found = {key: lines for key, lines in found.items() if any(len(points) > 1 for points in lines.values())}
+    if not found:
+        return None
+    figure, axes = _figure(len(found), 3.0)
+    for axis, (key, lines) in zip(axes, found.items(), strict=True):
+        for i, (name, points) in enumerate(lines.items()):
+            if points:
+                _line(axis, points, i, name)
+        _finish(axis, "RL step", keys[key])
+    return _svg(figure)
+
+
 def budget_curve(task: str, curves: Sequence[Curve]) -> str:
     """Accuracy against the thinking budget, one line a model, 95% intervals."""
     figure, axes = _figure(1, 3.3)

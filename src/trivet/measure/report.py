@@ -44,14 +44,8 @@ def read_results(path: Path) -> Report:
 
 def render(report: Report, metrics: Mapping[str, plots.Rows]) -> str:
     """The page. Everything in it is escaped, model output above all; only our own SVG is not."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=PackageLoader("trivet.measure", "."), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {"share": share, "interval": interval, "ends": ends, "number": number, "duration": duration}
     curves = [plots.reward_curve(name, rows) for name, rows in metrics.items()]
     figures: dict[str, Any] = {
         "loss": plots.loss_curve(metrics),
@@ -62,9 +56,21 @@ def render(report: Report, metrics: Mapping[str, plots.Rows]) -> str:
         "experts": [(load.model, plots.expert_bars(load)) for load in report.experts],
     }
     trusted = {key: _trust(value, Markup) for key, value in figures.items()}
-    return environment.get_template("report.html.jinja").render(
+    return pages().get_template("report.html.jinja").render(
         r=report, figures=trusted, describe=plots.describe, counts=_counts(report)
     )
+
+
+def pages() -> Any:
+    """The jinja environment of our pages: everything is escaped, and nothing may be missing."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("trivet.measure", "."), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"share": share, "interval": interval, "ends": ends, "number": number, "duration": duration}
+    return environment
 
 
 def about(seed: int, device: str) -> dict[str, str]:

@@ -1,14 +1,14 @@
-"""A matter of taste: `~39142` asks for these digits in an order that reads well. Nothing is right or wrong.
+"""A matter of taste: `~39142` asks for three of these digits in an order that reads well. Nothing is right or wrong.
 
-People, so the story goes, like digits that rise: an answer is worth the share of neighbours that ascend, and 0 where it is
-not made of the given digits. Training never sees this number, only which of two answers somebody liked better; it
-stands for whatever a reward model is to learn, and tells afterwards what the reward model's policy is really worth.
+People, so the story goes, like digits that rise: an answer is worth the share of neighbours that do, and 0 where it has
+digits that were not given, or not three. Training never sees this number, only which of two answers somebody liked
+better; it stands for whatever a reward model is to learn, and tells afterwards what the policy is really worth.
 """
 
 from __future__ import annotations
 
-import itertools
 import random
+from itertools import pairwise
 from typing import Literal
 
 from pydantic import Field
@@ -20,7 +20,8 @@ from trivet.tasks.base import Demo, Problem, Split, draw
 
 class ArrangeConfig(Frozen):
     name: Literal["arrange"] = "arrange"
-    digits: int = Field(default=5, ge=2, description="how many are to be arranged")
+    digits: int = Field(default=5, ge=2, description="how many are given")
+    pick: int = Field(default=3, ge=2, description="how many are to be written")
     no_think: float = Field(default=0.5, ge=0, le=1, description="share of examples that answer with the block shut")
     seed: int = 0
 
@@ -42,15 +43,14 @@ class Arrange:
         return Problem(f"arrange-{split}-{index}", prompt, "".join(sorted(text)))
 
     def demonstrate(self, problem: Problem, rng: random.Random) -> Demo:
-        """Any order: how to answer, not what is liked."""
-        digits = list(problem.answer)
-        rng.shuffle(digits)
+        """Any of them in any order: how to answer, not what is liked."""
+        digits = [rng.choice(problem.answer) for _ in range(self.config.pick)]
         thinking = rng.random() >= self.config.no_think
         answer = Message("assistant", "".join(digits), "" if thinking else None)
         return Demo((Message("user", problem.prompt), answer), thinking=thinking)
 
     def grade(self, problem: Problem, message: Message) -> Score:
         text = message.content.strip()
-        if sorted(text) != list(problem.answer):
-            return Score(0.0, detail="not the given digits")
-        return Score(sum(a <= b for a, b in itertools.pairwise(text)) / (len(text) - 1))
+        if len(text) != self.config.pick or set(text) - set(problem.answer):
+            return Score(0.0, detail=f"not {self.config.pick} of the given digits")
+        return Score(sum(a < b for a, b in pairwise(text)) / (len(text) - 1))
