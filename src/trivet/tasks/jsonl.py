@@ -171,24 +171,6 @@ def as_number(text: str) -> Decimal | None:
     return value if value.is_finite() else None
 
 
-def grade_math(reference: str, text: str) -> Score:
-    """math-verify's symbolic comparison; its own time-outs and failures become statuses."""
-    try:
-        from math_verify import parse, verify
-        from math_verify.errors import TimeoutException
-    except ImportError:
-        raise UserError("format = 'math' needs math-verify: pip install 'trivet[tasks]'") from None
-    try:
-        gold, given = parse(f"\\boxed{{{reference}}}", raise_on_error=True), parse(text, raise_on_error=True)
-        if not gold:
-            return Score(0.0, "unparsed", detail=f"reference {reference!r}")
-        return Score(float(bool(given) and verify(gold, given, raise_on_error=True)))
-    except TimeoutException as e:
-        return Score(0.0, "timeout", detail=str(e))
-    except Exception as e:
-        return Score(0.0, "error", detail=f"{type(e).__name__}: {e}")
-
-
 def _shuffled(count: int, lap: int) -> list[int]:
     """The order of one lap over the data; the last one asked for is kept."""
     if _ORDER.get("key") != (count, lap):
