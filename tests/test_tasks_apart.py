@@ -92,7 +92,9 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> Pool:
     ],
 )
 def test_whatever_a_grader_does_the_next_one_is_graded(pool: Pool, function: str, status: str, detail: str) -> None:
-    assert grade_apart(HERE + "right") == Score(1.0, parts={"a": 0.25}, detail="fine")  # loaded, so only the call is timed
+    assert grade_apart(HERE + "right") == Score(
+        1.0, parts={"a": 0.25}, detail="fine"
+    )  # loaded, so only the call is timed
     began = time.perf_counter()
     score = grade_apart(HERE + function, seconds=0.3)
     assert score.status == status and detail in score.detail and time.perf_counter() - began < 2

@@ -11,7 +11,7 @@ from trivet.tasks.arithmetic import Arithmetic, ArithmeticConfig
 from trivet.tasks.base import Demo, Problem, Split, Task
 from trivet.tasks.chain import Chain, ChainConfig
 from trivet.tasks.gym import Gym, GymConfig
-from trivet.tasks.jsonl import Jsonl, JsonlConfig
+from trivet.tasks.jsonl import Dataset, DatasetConfig, Jsonl, JsonlConfig
 from trivet.tasks.search import Search, SearchConfig
 
 TASKS: dict[str, tuple[type[Frozen], Callable[[Any], Task]]] = {
@@ -19,6 +19,7 @@ TASKS: dict[str, tuple[type[Frozen], Callable[[Any], Task]]] = {
     "search": (SearchConfig, Search),
     "arithmetic": (ArithmeticConfig, Arithmetic),
     "jsonl": (JsonlConfig, Jsonl),
+    "dataset": (DatasetConfig, Dataset),
     "gym": (GymConfig, Gym),
 }
 

@@ -26,6 +26,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Collection
+from contextlib import suppress
 from typing import Any
 
 from trivet.config import UserError
@@ -107,17 +108,13 @@ class Worker:
             code = self.process.wait(0.05)
         except subprocess.TimeoutExpired:
             code = None
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
-            try:
+            with suppress(BrokenPipeError):  # what was not yet written is of no interest
                 pipe.close()
-            except BrokenPipeError:  # what was not yet written is of no interest
-                pass
         return "killed" if code is None else f"exit code {code}"
 
 
