@@ -32,9 +32,11 @@ from trivet.messages import Message
 from trivet.model import Transformer
 from trivet.model.lora import LoRA
 from trivet.recipes.adapted import prepare, save_result
+from trivet.recipes.judging import known_rewards
 from trivet.recipes.workers import Tell, side_by_side
 from trivet.rl.config import RLConfig
 from trivet.rl.learner import learn
+from trivet.rl.rewards import make_rewards
 from trivet.spec import Frozen, ModelSpec
 from trivet.tasks import Split, Task, make_task
 from trivet.tools import get_tool
@@ -83,6 +85,9 @@ class RLStage(Frozen):
     start: str = Field(description="stage or model directory to start from")
     lora: LoRA | None = Field(default=None, description="train adapters of `start`, not its weights")
     tasks: tuple[dict[str, Any], ...] = Field(min_length=1, description="tasks to learn: name, weight, settings")
+    rewards: tuple[dict[str, Any], ...] = Field(
+        default=(), description="terms added to a task's grade: name, weight, label, settings"
+    )
     threads: int = Field(default=0, ge=0, description="CPU threads; 0: the recipe's. Fewer let stages run side by side")
     rl: RLConfig
 
@@ -255,7 +260,10 @@ def _train(stage: TrainStage, context: Context) -> dict[str, Any]:
 def _rl(stage: RLStage, context: Context) -> dict[str, Any]:
     start, model, chat = load_start(stage.start, stage.lora, stage.rl.seed, context)
     tasks = load_tasks(stage.tasks)
-    summary = learn(model, chat, tasks, stage.rl, context.out, progress=context.progress, device=context.device)
+    rewards = make_rewards(stage.rewards, known_rewards(stage_path(context), context.device))
+    summary = learn(
+        model, chat, tasks, stage.rl, context.out, rewards=rewards, progress=context.progress, device=context.device
+    )
     save_result(model, chat, context.out, start)
     return summary
 
@@ -272,13 +280,23 @@ RUNNERS: dict[str, Callable[[Any, Context], dict[str, Any]]] = {"train": _train,
 # ----------------------------------------------------------------------------------------------- parts
 def load_start(start: str, lora: LoRA | None, seed: int, context: Context) -> tuple[Path | None, Transformer, Chat]:
     """An earlier stage of the same recipe by name, or any model directory by path."""
-    stages = list(context.recipe.stages) if context.recipe else []
-    path = context.run / start if start in stages else Path(start)
-    if not path.is_dir():
-        raise UserError(f"start = {start!r} is neither a stage nor a directory.{nearest(start, stages)}")
+    path = stage_path(context)(start)
     model, chat = load_pair(path, context.device, torch.float32)  # learning needs exact weights
     prepare(model, lora, path, seed, context.say)
     return path, model, chat
+
+
+def stage_path(context: Context) -> Callable[[str], Path]:
+    """Where a stage's or a directory's model lies."""
+    stages = list(context.recipe.stages) if context.recipe else []
+
+    def path(name: str) -> Path:
+        found = context.run / name if name in stages else Path(name)
+        if not found.is_dir():
+            raise UserError(f"{name!r} is neither a stage nor a directory.{nearest(name, stages)}")
+        return found
+
+    return path
 
 
 def load_tasks(configs: tuple[dict[str, Any], ...]) -> list[tuple[Task, float]]:
