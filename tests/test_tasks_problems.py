@@ -16,7 +16,7 @@ from trivet.tasks import Task, make_task
 from trivet.tasks.extract import extract, same
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
-NAMES = ["chain", "search", "arithmetic"]
+NAMES = ["chain", "search", "arithmetic", "hunt"]
 
 
 @pytest.fixture(params=NAMES)

@@ -38,8 +38,7 @@ from trivet.rl.config import RLConfig
 from trivet.rl.learner import learn
 from trivet.rl.rewards import make_rewards
 from trivet.spec import Frozen, ModelSpec
-from trivet.tasks import Split, Task, make_task
-from trivet.tools import get_tool
+from trivet.tasks import Split, Task, make_task, tools_for
 from trivet.train.checkpoint import first_difference
 from trivet.train.data import Documents, Mixture, PackedBatches, TaskDocuments, TextDocuments
 from trivet.train.losses import head_loss
@@ -350,7 +349,7 @@ def make_documents(stage: TrainStage, tasks: list[tuple[Task, float]], chat: Cha
         cut = int(len(ids) * 0.9)
         return TextDocuments(ids[:cut] if split == "train" else ids[cut:], length, seed)
     sources: list[Documents] = [
-        TaskDocuments(task, chat, seed + i, [get_tool(name).spec for name in task.tools], split)
+        TaskDocuments(task, chat, seed + i, [tool.spec for tool in tools_for(task, task.problem(split, 0))], split)
         for i, (task, _) in enumerate(tasks)
     ]
     return Mixture(sources, [weight for _, weight in tasks], seed)

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from trivet.agent.loop import Episode, Row, ToolStep, row, run_episode
 from trivet.config import UserError
 from trivet.engine import Engine, EngineModel
 from trivet.messages import Sampling, Score, StopReason
 from trivet.rl.rewards import Case, Reward, add_rewards
-from trivet.tasks import Problem, Task
-from trivet.tools import Tool, get_tool
+from trivet.tasks import Problem, Task, tools_for
+from trivet.tools import get_tool
 from trivet.train.data import stable_hash
 
 
@@ -79,11 +80,11 @@ class Attempt:
 def play(engine: Engine, jobs: Sequence[Job], max_turns: int) -> list[Attempt]:
     """Run all jobs, in order, over one engine. Deterministic: each job brings its own seed."""
     model = EngineModel(engine, engine.chat)
-    offered: dict[str, Tool] = {name: get_tool(name) for job in jobs if job.tools for name in job.task.tools}
+    built_in = cache(get_tool)
     episodes = model.run(
         [
             run_episode(
-                model, job.problem.messages, [offered[n] for n in job.task.tools] if job.tools else [],
+                model, job.problem.messages, tools_for(job.task, job.problem, built_in) if job.tools else [],
                 job.sampling, max_turns,
             )
             for job in jobs

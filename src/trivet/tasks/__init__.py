@@ -8,9 +8,10 @@ from typing import Any
 from trivet.config import UserError, nearest, validate
 from trivet.spec import Frozen
 from trivet.tasks.arithmetic import Arithmetic, ArithmeticConfig
-from trivet.tasks.base import Demo, Problem, Split, Task
+from trivet.tasks.base import Demo, Problem, Split, Task, tools_for
 from trivet.tasks.chain import Chain, ChainConfig
 from trivet.tasks.gym import Gym, GymConfig
+from trivet.tasks.hunt import Hunt, HuntConfig
 from trivet.tasks.jsonl import Dataset, DatasetConfig, Jsonl, JsonlConfig
 from trivet.tasks.search import Search, SearchConfig
 
@@ -18,6 +19,7 @@ TASKS: dict[str, tuple[type[Frozen], Callable[[Any], Task]]] = {
     "chain": (ChainConfig, Chain),
     "search": (SearchConfig, Search),
     "arithmetic": (ArithmeticConfig, Arithmetic),
+    "hunt": (HuntConfig, Hunt),
     "jsonl": (JsonlConfig, Jsonl),
     "dataset": (DatasetConfig, Dataset),
     "gym": (GymConfig, Gym),
@@ -40,4 +42,4 @@ def make_task(settings: Mapping[str, Any]) -> Task:
     return build(validate(settings, schema, f"task {name!r}"))
 
 
-__all__ = ["TASKS", "Demo", "Problem", "Split", "Task", "make_task"]
+__all__ = ["TASKS", "Demo", "Problem", "Split", "Task", "make_task", "tools_for"]
