@@ -41,7 +41,17 @@ LONG_FUNCTIONS: set[str] = set()  # "room/file.py:name", each with a reason
 
 PROBES_ALLOWED: set[str] = set()  # "file.py:function", each with a reason
 # Installed by extras only, or slow to import: never at the top of a file.
-LAZY = {"matplotlib", "tensorboard", "pydantic_monty", "reasoning_gym", "math_verify", "llguidance"}
+LAZY = {
+    "matplotlib",
+    "tensorboard",
+    "pydantic_monty",
+    "reasoning_gym",
+    "math_verify",
+    "llguidance",
+    "jsonschema",
+    "pyarrow",
+    "verifiers",
+}
 
 Finding = tuple[int, str]
 
@@ -210,7 +220,7 @@ def test_ordinary_text_is_not_a_machine(text: str) -> None:
 # -------------------------------------------------------------------------------------- what is loaded
 def test_planning_talking_grading_and_acting_load_no_torch() -> None:
     """The import contracts see our own imports; this sees what libraries bring along."""
-    rooms = "spec messages config disk chat tasks tools agent.loop hub measure.memory measure.activations measure.plan measure.plan_show measure.stats measure.trial cli".split()
+    rooms = "spec messages config disk chat tasks tools agent.loop hub measure.memory measure.activations measure.plan measure.plan_show measure.stats measure.trial rl.rewards rl.judge cli".split()
     code = f"""
         import importlib, sys
         for room in {rooms}:

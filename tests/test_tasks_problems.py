@@ -13,10 +13,10 @@ from trivet.chat import tiny_chat
 from trivet.config import UserError
 from trivet.messages import Message
 from trivet.tasks import Task, make_task
-from trivet.tasks.jsonl import extract, same
+from trivet.tasks.extract import extract, same
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
-NAMES = ["chain", "search", "arithmetic"]
+NAMES = ["chain", "search", "arithmetic", "hunt"]
 
 
 @pytest.fixture(params=NAMES)

@@ -24,6 +24,7 @@ from trivet.measure.results import Budget, Piece, Result, Share, Transcript
 from trivet.measure.stats import bootstrap, maj_at, pass_at, wilson
 from trivet.messages import Sampling
 from trivet.model import Transformer
+from trivet.rl.rewards import Reward
 from trivet.rl.rollout import Attempt, Job, play
 from trivet.tasks import Split, Task
 from trivet.train.data import stable_hash
@@ -47,19 +48,21 @@ def evaluate(
     max_rows: int = 512,
     slots: int | None = None,
     policy: Policy | None = None,
+    rewards: tuple[Reward, ...] = (),
 ) -> Result:
     """Accuracy of `model` on problems 0..count-1 of a split, each answered n times.
 
     sampling: greedy by default; its own seed is replaced by hashes of `seed`. level: only problems of
     that level. the cache is at most max_rows x slots: at once, and tokens each (default: the model's context
-    length; a long one is worth lowering). policy: what it keeps of a token. Raises UserError where nothing could be graded.
+    length; a long one is worth lowering). policy: what it keeps of a token. rewards: terms beside the task's grade,
+    to be watched: their means are the result's `parts`; with a weight of 0 the accuracy stays the task's. Raises UserError where nothing could be graded.
     """
     sampling = sampling or Sampling(temperature=0.0)
     if count < 1 or n < 1:
         raise UserError(f"An evaluation needs count >= 1 and n >= 1, got {count} and {n}.")
     problems = [task.problem(split, i, level) for i in range(count)]
     jobs = [
-        Job(task, problem, replace(sampling, seed=stable_hash(seed, i, j)), tools)
+        Job(task, problem, replace(sampling, seed=stable_hash(seed, i, j)), tools, rewards)
         for i, problem in enumerate(problems)
         for j in range(n)
     ]
@@ -84,6 +87,7 @@ def evaluate(
         tools=tools and bool(task.tools), seed=seed, questions=count, n=n,
         accuracy=share(groups, seed),
         statuses=dict(sorted(Counter(a.score.status for a in attempts).items())),
+        parts=_parts([a for a in attempts if a.score.ok]),
         thinks=sum(a.thinks for a in attempts) / size,
         calls_tool=sum(a.calls_tool for a in attempts) / size,
         budget_hit=sum(a.episode.budget_hit for a in attempts) / size,
@@ -108,6 +112,13 @@ def budget_sweep(
                  tools=tools, n=n, seed=seed)
         for budget in budgets
     )  # fmt: skip
+
+
+def _parts(attempts: Sequence[Attempt]) -> dict[str, float]:
+    """Means of what scores are made of."""
+    names = sorted({name for a in attempts for name in a.score.parts})
+    found = {name: [a.score.parts[name] for a in attempts if name in a.score.parts] for name in names}
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def share(groups: Sequence[Sequence[Attempt]], seed: int = 0) -> Share:

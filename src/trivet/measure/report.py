@@ -56,8 +56,10 @@ def render(report: Report, metrics: Mapping[str, plots.Rows]) -> str:
         "experts": [(load.model, plots.expert_bars(load)) for load in report.experts],
     }
     trusted = {key: _trust(value, Markup) for key, value in figures.items()}
-    return pages().get_template("report.html.jinja").render(
-        r=report, figures=trusted, describe=plots.describe, counts=_counts(report)
+    return (
+        pages()
+        .get_template("report.html.jinja")
+        .render(r=report, figures=trusted, describe=plots.describe, counts=_counts(report))
     )
 
 

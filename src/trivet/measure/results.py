@@ -54,6 +54,7 @@ class Result(Frozen):
     n: int = Field(default=1, description="answers a question")
     accuracy: Share
     statuses: dict[str, int] = Field(description="how many scores of each status")
+    parts: dict[str, float] = Field(default_factory=dict, description="means of the parts of scores")
     thinks: float = Field(description="share of answers with a thought in them")
     calls_tool: float = Field(description="share of answers that called a tool")
     budget_hit: float = Field(description="share whose thought was cut by the budget")

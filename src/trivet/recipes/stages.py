@@ -26,8 +26,9 @@ from pydantic import Field, model_validator
 
 from trivet.config import UserError
 from trivet.disk import write_atomic
-from trivet.recipes.kinds import distil, preference, report, rl, sample, train
+from trivet.recipes.kinds import compare, distil, preference, report, rl, sample, train
 from trivet.recipes.kinds.base import Context, Progress
+from trivet.recipes.kinds.compare import CompareStage
 from trivet.recipes.kinds.distil import DistilStage
 from trivet.recipes.kinds.preference import PreferenceStage
 from trivet.recipes.kinds.report import ReportStage
@@ -39,10 +40,11 @@ from trivet.spec import Frozen
 from trivet.train.checkpoint import first_difference
 
 Stage = Annotated[
-    TrainStage | RLStage | SampleStage | PreferenceStage | DistilStage | ReportStage, Field(discriminator="kind")
+    TrainStage | RLStage | SampleStage | PreferenceStage | DistilStage | CompareStage | ReportStage,
+    Field(discriminator="kind"),
 ]
 RUNNERS: dict[str, Callable[[Any, Context], dict[str, Any]]] = {
-    "train": train.run, "rl": rl.run, "sample": sample.run, "preference": preference.run, "distil": distil.run, "report": report.run,
+    "train": train.run, "rl": rl.run, "sample": sample.run, "preference": preference.run, "distil": distil.run, "compare": compare.run, "report": report.run,
 }  # fmt: skip
 
 

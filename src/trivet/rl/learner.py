@@ -49,6 +49,7 @@ from trivet.model.lora import adapter_parameters, fingerprint
 from trivet.rl.config import RLConfig
 from trivet.rl.objectives import Totals, advantages, find_objective, policy_loss
 from trivet.rl.reference import Reference
+from trivet.rl.rewards import Reward, rewards_of
 from trivet.rl.rollout import Attempt, Job, draw_problems, play
 from trivet.rl.summary import describe
 from trivet.rl.update import Packed, pack
@@ -71,6 +72,7 @@ def learn(
     config: RLConfig,
     out: Path,
     *,
+    rewards: tuple[Reward, ...] = (),
     progress: Callable[[dict[str, Any]], None] | None = None,
     evaluate: Callable[[Transformer], dict[str, float]] | None = None,
     device: torch.device | str = "cpu",
@@ -78,10 +80,10 @@ def learn(
     """Train `model` in place and return the last metrics. Resumes from `out`/resume if it is there.
 
     `model` holds the starting weights, also on resume: they are the reference of a KL term.
-    `evaluate` must not depend on anything but the model. Raises Interrupted on Ctrl-C or SIGTERM,
+    `rewards` are added to what the tasks give. `evaluate` must not depend on anything but the model. Raises Interrupted on Ctrl-C or SIGTERM,
     UserError where too many answers can't be graded, or where engine and trainer disagree.
     """
-    run = _Run(model.to(device), chat, tasks, config, Path(out), device)
+    run = _Run(model.to(device), chat, tasks, config, Path(out), device, rewards)
     try:
         with Deferred() as asked:
             while run.step < config.steps:
@@ -123,9 +125,10 @@ class _Run:
 
     def __init__(
         self, model: Transformer, chat: Chat, tasks: Sequence[tuple[Task, float]], config: RLConfig, out: Path,
-        device: torch.device | str,
+        device: torch.device | str, rewards: tuple[Reward, ...] = (),
     ):  # fmt: skip
         self.model, self.chat, self.tasks, self.config, self.out, self.device = model, chat, tasks, config, out, device
+        self.rewards = rewards
         self.objective = find_objective(config.objective, config.overrides)
         if self.objective.normaliser == "constant" and self.objective.constant is None:
             self.objective = self.objective.model_copy(update={"constant": float(config.max_tokens)})
@@ -142,6 +145,8 @@ class _Run:
         }
         for harmless in ("save_every_seconds", "tensorboard", "recompute"):
             del self.identity["rl"][harmless]
+        if rewards:
+            self.identity["rewards"] = [[reward.label, reward.weight] for reward in rewards]
         if adapter_parameters(model):  # a state holds the adapters only
             self.identity["base"] = fingerprint(model)
         self.step, self.seconds, self.metrics = 0, 0.0, {}
@@ -189,7 +194,7 @@ class _Run:
                     temperature=c.temperature, max_tokens=c.max_tokens, thinking=c.thinking,
                     seed=stable_hash(c.seed, self.step, p, g),
                 )  # fmt: skip
-                jobs.append(Job(task, problem, sampling))
+                jobs.append(Job(task, problem, sampling, rewards=rewards_of(self.rewards, task.name)))
         self.model.eval()
         turns = c.max_turns > 1 and any(job.task.tools for job in jobs)  # a turn goes on from the one before
         engine = Engine(

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from trivet.agent.loop import Episode, Row, ToolStep, row, run_episode
 from trivet.config import UserError
 from trivet.engine import Engine, EngineModel
 from trivet.messages import Sampling, Score, StopReason
-from trivet.tasks import Problem, Task
-from trivet.tools import Tool, get_tool
+from trivet.rl.rewards import Case, Reward, add_rewards
+from trivet.tasks import Problem, Task, tools_for
+from trivet.tools import get_tool
 from trivet.train.data import stable_hash
 
 
@@ -29,6 +31,7 @@ class Job:
     problem: Problem
     sampling: Sampling
     tools: bool = True
+    rewards: tuple[Reward, ...] = ()  # beside the task's grade
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,11 @@ class Attempt:
         return sum(len(c.tokens) for c in self.episode.completions)
 
     @property
+    def right(self) -> bool:
+        """By the task's own grade, whatever reward terms add to it."""
+        return self.score.ok and self.score.parts.get("task", self.score.value) >= 1
+
+    @property
     def thinks(self) -> bool:
         return self.episode.reasoning_tokens > 0
 
@@ -72,21 +80,32 @@ class Attempt:
 def play(engine: Engine, jobs: Sequence[Job], max_turns: int) -> list[Attempt]:
     """Run all jobs, in order, over one engine. Deterministic: each job brings its own seed."""
     model = EngineModel(engine, engine.chat)
-    offered: dict[str, Tool] = {name: get_tool(name) for job in jobs if job.tools for name in job.task.tools}
+    built_in = cache(get_tool)
     episodes = model.run(
         [
             run_episode(
-                model, job.problem.messages, [offered[n] for n in job.task.tools] if job.tools else [],
+                model, job.problem.messages, tools_for(job.task, job.problem, built_in) if job.tools else [],
                 job.sampling, max_turns,
             )
             for job in jobs
         ]
     )  # fmt: skip
-    return [Attempt(job, episode, grade(job, episode)) for job, episode in zip(jobs, episodes, strict=True)]
+    return [Attempt(*done) for done in zip(jobs, episodes, grade_all(jobs, episodes), strict=True)]
+
+
+def grade_all(jobs: Sequence[Job], episodes: Sequence[Episode]) -> list[Score]:
+    """Scores of episodes, in their order. Reward terms see those of equal terms together, as a judge wants them."""
+    scores = [grade(job, episode) for job, episode in zip(jobs, episodes, strict=True)]
+    for rewards in dict.fromkeys(job.rewards for job in jobs if job.rewards):
+        places = [i for i, job in enumerate(jobs) if job.rewards == rewards]
+        cases = [Case(jobs[i].problem, episodes[i]) for i in places]
+        for i, score in zip(places, add_rewards(cases, [scores[i] for i in places], rewards), strict=True):
+            scores[i] = score
+    return scores
 
 
 def grade(job: Job, episode: Episode) -> Score:
-    """The task's score, or a status that says why there is none. A grader never stops a run."""
+    """The task's own score, or a status that says why there is none. A grader never stops a run."""
     for completion in episode.completions:
         if completion.stop in (StopReason.ERROR, StopReason.CANCELLED):
             return Score(0.0, "error", detail=f"generation: {completion.error or completion.stop}")

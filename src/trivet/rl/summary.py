@@ -15,10 +15,12 @@ def describe(attempts: Sequence[Attempt], group: int) -> dict[str, Any]:
     ok = [a for a in attempts if a.score.ok]
     values: dict[str, Any] = {
         "reward": _mean([a.score.value for a in ok]),
-        "accuracy": _mean([a.score.value >= 1 for a in ok]),
+        "accuracy": _mean([a.right for a in ok]),
     }
     for name in sorted({a.job.task.name for a in ok}):
         values[f"reward/{name}"] = _mean([a.score.value for a in ok if a.job.task.name == name])
+    for part in sorted({part for a in attempts for part in a.score.parts}):
+        values[f"reward/{part}"] = _mean([a.score.parts[part] for a in ok if part in a.score.parts])
     values |= {
         "thinks": sum(a.thinks for a in attempts) / n,
         "calls_tool": sum(a.calls_tool for a in attempts) / n,

@@ -9,11 +9,12 @@ from trivet.config import UserError, nearest, validate
 from trivet.spec import Frozen
 from trivet.tasks.arithmetic import Arithmetic, ArithmeticConfig
 from trivet.tasks.arrange import Arrange, ArrangeConfig
-from trivet.tasks.base import Demo, Problem, Split, Task
+from trivet.tasks.base import Demo, Problem, Split, Task, tools_for
 from trivet.tasks.chain import Chain, ChainConfig
 from trivet.tasks.conversations import Conversations, ConversationsConfig
 from trivet.tasks.gym import Gym, GymConfig
-from trivet.tasks.jsonl import Jsonl, JsonlConfig
+from trivet.tasks.hunt import Hunt, HuntConfig
+from trivet.tasks.jsonl import Dataset, DatasetConfig, Jsonl, JsonlConfig
 from trivet.tasks.search import Search, SearchConfig
 
 TASKS: dict[str, tuple[type[Frozen], Callable[[Any], Task]]] = {
@@ -21,7 +22,9 @@ TASKS: dict[str, tuple[type[Frozen], Callable[[Any], Task]]] = {
     "search": (SearchConfig, Search),
     "arithmetic": (ArithmeticConfig, Arithmetic),
     "arrange": (ArrangeConfig, Arrange),
+    "hunt": (HuntConfig, Hunt),
     "jsonl": (JsonlConfig, Jsonl),
+    "dataset": (DatasetConfig, Dataset),
     "conversations": (ConversationsConfig, Conversations),
     "gym": (GymConfig, Gym),
 }
@@ -43,4 +46,4 @@ def make_task(settings: Mapping[str, Any]) -> Task:
     return build(validate(settings, schema, f"task {name!r}"))
 
 
-__all__ = ["TASKS", "Demo", "Problem", "Split", "Task", "make_task"]
+__all__ = ["TASKS", "Demo", "Problem", "Split", "Task", "make_task", "tools_for"]

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from trivet.messages import Message, Score
+from trivet.tools import Tool, get_tool
 
 Split = Literal["train", "test"]
 TEST_SHARE = 8  # one text in eight is a test problem
@@ -21,13 +22,18 @@ TEST_SHARE = 8  # one text in eight is a test problem
 
 @dataclass(frozen=True)
 class Problem:
-    """One question. `answer` is the reference, `meta` what the grader needs besides."""
+    """One question. `answer` is the reference, `meta` what the grader needs besides.
+
+    `tools` makes the tools of one episode, where they belong to this problem and remember what happened; without it
+    the task's tools are the built-in ones of these names. They must say the same after the same calls.
+    """
 
     id: str
     prompt: str
     answer: str
     level: int = 0
     meta: Mapping[str, Any] = field(default_factory=dict)
+    tools: Callable[[], Sequence[Tool]] | None = field(default=None, compare=False)
 
     @property
     def messages(self) -> list[Message]:
@@ -61,6 +67,11 @@ class Task(Protocol):
         """The reward and the eval score. A wrong or missing answer is a 0 that is ok; a status other
         than ok means that the grader itself failed, and the score does not count."""
         ...
+
+
+def tools_for(task: Task, problem: Problem, built_in: Callable[[str], Tool] = get_tool) -> Sequence[Tool]:
+    """The tools of one episode on a problem."""
+    return [built_in(name) for name in task.tools] if problem.tools is None else problem.tools()
 
 
 def draw(make: Callable[[random.Random], tuple[str, Any]], split: Split, *key: object) -> tuple[str, Any]:

@@ -1,63 +1,95 @@
-"""Your own questions and answers, one JSON object a line: {"question": ..., "answer": ...}.
+"""Your own questions and answers: rows of {"question": ..., "answer": ...}.
 
 How the reference answer is found in the `answer` field, and the model's answer in its text:
 
     text     the whole field; graded by equality without case and outer white space
-    number   the last number; graded by value (1,000 = 1000.0 = $1000, 50% = 50)
+    number   what is boxed, else declared ("Answer: ..."), else the last number; graded by value (`extract`)
+    aime     as number, but whole and from 0 to 999
     boxed    the last \\boxed{...}; graded as numbers where both are, else as text
     gsm8k    the number after `####`; what stands before it is the reasoning, <<...>> marks removed
     math     as boxed, graded by math-verify in symbols (pip install 'trivet[tasks]')
+    choice   a letter. `options` names the key of the list of options, and `answer` gives the right one as its letter,
+             its index from 0 or its text; or `options` names the keys of the wrong ones, and `answer` the right one's
+             text (GPQA). They are shown as A) ... B) ... in an order that a hash of the question decides.
 
-Without a test file, one line in eight is held out by a hash of its question. Lines that can't be
-read are counted, and too many of them are an error, never a silent loss.
+A reference without \\boxed is taken whole where it is one short line (MATH-500's answers). Without a test file or
+split, one row in eight is held out by a hash of its question. Rows that can't be read are errors, up to a share that
+is counted. Examples without reasoning teach to answer with the thinking block shut.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import random
 import re
 import warnings
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from trivet.config import UserError, nearest
 from trivet.messages import Message, Score
 from trivet.spec import Frozen
+from trivet.tasks import symbolic
 from trivet.tasks.base import Demo, Problem, Split, is_test
+from trivet.tasks.extract import LETTERS, Format, choice, extract, same
+from trivet.tasks.tables import Row, read_rows, split_files
 
-Format = Literal["text", "number", "boxed", "gsm8k", "math"]
-NUMBER = re.compile(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)%?")
+SHORT = 80  # characters of a reference that is taken whole
 
 
-class JsonlConfig(Frozen):
-    name: Literal["jsonl"] = "jsonl"
+class RowsConfig(Frozen):
     path: str = Field(description="the file to learn from")
     test_path: str | None = Field(default=None, description="held-out file; None: a share of `path`")
     format: Format = Field(default="text", description="how answers are written and compared")
     question: str = Field(default="question", description="key of the question")
     answer: str = Field(default="answer", description="key of the answer")
+    options: str | tuple[str, ...] | None = Field(
+        default=None, description="choice: key of the options' list, or the keys of the wrong ones"
+    )
     reasoning: str | None = Field(default=None, description="key of the reasoning to imitate, if there is one")
+    instruction: str | None = Field(default=None, description="a sentence after every question")
     no_think: float = Field(default=0.1, ge=0, le=1, description="share of examples that answer without thinking")
-    bad_share: float = Field(default=0.01, ge=0, le=1, description="unreadable lines that are put up with")
+    bad_share: float = Field(default=0.01, ge=0, le=1, description="unreadable rows that are put up with")
     max_chars: int | None = Field(default=None, gt=0, description="skip (and count) longer examples")
 
+    @model_validator(mode="after")
+    def _options(self) -> RowsConfig:
+        if (self.format == "choice") != (self.options is not None):
+            raise ValueError("format = 'choice' and `options` come together")
+        return self
 
-class Jsonl:
+
+class JsonlConfig(RowsConfig):
+    name: Literal["jsonl"] = "jsonl"
+
+
+class DatasetConfig(RowsConfig):
+    """A data set's directory as the hub stores it; `path` is the directory."""
+
+    name: Literal["dataset"] = "dataset"
+    split: str = Field(default="train", description="the split to learn from")
+    test_split: str | None = Field(default="test", description="the held-out one; '' takes a share of `split`")
+
+
+class Rows:
+    """Problems from rows. The subclass says where these come from."""
+
     tools: tuple[str, ...] = ()
     levels: tuple[int, ...] = (0,)
 
-    def __init__(self, config: JsonlConfig) -> None:
+    def __init__(self, config: JsonlConfig | DatasetConfig) -> None:
         self.config = config
         self.name: str = config.name
-        rows = self._read(config.path)
-        if config.test_path is not None:
-            self.rows = {"train": rows, "test": self._read(config.test_path)}
+        if config.format == "math":
+            symbolic.require()
+        rows = self._usable(config.path, self._read(config.path, "train"))
+        held_out = self._held_out()
+        if held_out is not None:
+            self.rows = {"train": rows, "test": self._usable(config.test_path or config.path, held_out)}
         else:
-            self.rows = {s: [r for r in rows if is_test(r["prompt"]) == (s == "test")] for s in ("train", "test")}
+            self.rows = {s: [r for r in rows if is_test(r["question"]) == (s == "test")] for s in ("train", "test")}
         for split, found in self.rows.items():
             if not found:
                 raise UserError(
@@ -68,7 +100,8 @@ class Jsonl:
         rows = self.rows[split]
         lap, at = divmod(index, len(rows))
         row = rows[_shuffled(len(rows), lap)[at] if split == "train" else at]
-        return Problem(f"jsonl-{split}-{row['line']}", row["prompt"], row["answer"], 0, {"reasoning": row["reasoning"]})
+        meta = {"reasoning": row["reasoning"], "options": row["options"]}
+        return Problem(f"{self.name}-{split}-{row['number']}", row["prompt"], row["answer"], 0, meta)
 
     def demonstrate(self, problem: Problem, rng: random.Random) -> Demo:
         user = Message("user", problem.prompt)
@@ -78,115 +111,138 @@ class Jsonl:
         return Demo((user, Message("assistant", self._written(problem.answer), reasoning)))
 
     def grade(self, problem: Problem, message: Message) -> Score:
-        if self.config.format == "math":
-            return grade_math(problem.answer, message.content)
-        given = extract(message.content, "number" if self.config.format == "gsm8k" else self.config.format)
+        form = self.config.format
+        if form == "math":
+            return symbolic.grade_math(problem.answer, message.content)
+        if form == "choice":
+            given = choice(message.content, problem.meta["options"])
+        else:
+            given = extract(message.content, "number" if form == "gsm8k" else form)
         if given is None:
             return Score(0.0, detail="no answer found in the text")
         return Score(float(same(given, problem.answer)))
 
     def _written(self, answer: str) -> str:
-        return f"\\boxed{{{answer}}}" if self.config.format in ("boxed", "math") else answer
+        return {"boxed": f"\\boxed{{{answer}}}", "math": f"\\boxed{{{answer}}}", "choice": f"Answer: {answer}"}.get(
+            self.config.format, answer
+        )
 
-    def _read(self, path: str) -> list[dict[str, Any]]:
-        try:
-            lines = Path(path).read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"The examples in {path!r} can't be read: {e}.") from None
+    def _read(self, path: str, split: Split) -> list[Row]:
+        return read_rows(Path(path))
+
+    def _held_out(self) -> list[Row] | None:
+        return None if self.config.test_path is None else self._read(self.config.test_path, "test")
+
+    # --- reading ---------------------------------------------------------------------------------
+    def _usable(self, path: str, found: list[Row]) -> list[dict[str, Any]]:
         rows, bad, long = [], [], 0
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            row = self._row(line, number)
+        for number, (place, data) in enumerate(found, 1):
+            row = data if isinstance(data, str) else self._row(data, number)
             if isinstance(row, str):
-                bad.append(f"line {number}: {row}")
+                bad.append(f"{place}: {row}")
             elif self.config.max_chars and len(row["prompt"]) + len(row["reasoning"] or "") > self.config.max_chars:
                 long += 1
             else:
                 rows.append(row)
-        if len(bad) > self.config.bad_share * len(lines):
-            raise UserError(f"{path}: {len(bad)} of {len(lines)} lines can't be used; {bad[0]}")
+        if len(bad) > self.config.bad_share * len(found):
+            raise UserError(f"{path}: {len(bad)} of {len(found)} lines can't be used; {bad[0]}")
         for what, count in ((f"can't be used, first {bad[0] if bad else ''}", len(bad)), ("are over max_chars", long)):
             if count:
-                warnings.warn(f"{path}: {count} of {len(lines)} lines {what}; they are left out.", stacklevel=3)
+                warnings.warn(f"{path}: {count} of {len(found)} lines {what}; they are left out.", stacklevel=4)
         return rows
 
-    def _row(self, line: str, number: int) -> dict[str, Any] | str:
-        """The line as a row, or what is wrong with it."""
-        try:
-            data = json.loads(line)
-        except ValueError as e:
-            return f"not valid JSON ({e})."
-        if not isinstance(data, dict):
-            return "not a JSON object."
-        for key in filter(None, (self.config.question, self.config.answer, self.config.reasoning)):
+    def _row(self, data: dict[str, Any], number: int) -> dict[str, Any] | str:
+        """The row as the task needs it, or what is wrong with it."""
+        c = self.config
+        for key in filter(None, (c.question, c.answer, c.reasoning)):
             if key not in data:
                 return f"no key {key!r}.{nearest(key, data)}"
             if not isinstance(data[key], str | int | float):
                 return f"{key!r} is neither text nor a number."
-        full = str(data[self.config.answer])
-        answer = extract(full, self.config.format)
-        if answer is None:
-            return f"no answer of format {self.config.format!r} in {full[-40:]!r}."
-        reasoning = str(data[self.config.reasoning]) if self.config.reasoning else None
-        if self.config.format == "gsm8k" and reasoning is None:
+        full, question = str(data[c.answer]), str(data[c.question])
+        prompt, options = question, None
+        if c.format == "choice":
+            made = self._options(data, question)
+            if isinstance(made, str):
+                return made
+            options, answer = made
+            prompt += "\n\n" + "\n".join(f"{letter}) {text}" for letter, text in zip(LETTERS, options, strict=False))
+        else:
+            found = reference(full, c.format)
+            if found is None:
+                return f"no answer of format {c.format!r} in {full[-40:]!r}."
+            answer = found
+        if c.instruction:
+            prompt += f"\n\n{c.instruction}"
+        reasoning = str(data[c.reasoning]) if c.reasoning else None
+        if c.format == "gsm8k" and reasoning is None:
             reasoning = re.sub(r"<<.*?>>", "", full.rsplit("####", 1)[0]).strip()
-        return {"prompt": str(data[self.config.question]), "answer": answer, "reasoning": reasoning, "line": number}
+        return {
+            "question": question, "prompt": prompt, "answer": answer, "options": options, "reasoning": reasoning,
+            "number": number,
+        }  # fmt: skip
+
+    def _options(self, data: dict[str, Any], question: str) -> tuple[tuple[str, ...], str] | str:
+        """The options in the order in which they are shown, and the right one's letter; or what is wrong."""
+        keys, answer = self.config.options, data[self.config.answer]
+        if isinstance(keys, tuple):
+            missing = next((key for key in keys if key not in data), None)
+            if missing is not None:
+                return f"no key {missing!r}.{nearest(missing, data)}"
+            texts, right = [str(answer), *(str(data[key]) for key in keys)], 0
+        else:
+            listed = data.get(keys or "")
+            labels = listed.get("label") if isinstance(listed, dict) else None  # as ARC has it
+            listed = listed.get("text") if isinstance(listed, dict) else listed
+            if not isinstance(listed, list | tuple):
+                return f"{keys!r} is no list of options.{nearest(keys or '', data)}"
+            texts = [str(text) for text in listed]
+            found = place_of(answer, texts, labels)
+            if found is None:
+                return f"the answer {answer!r} is none of the {len(texts)} options."
+            right = found
+        if not 2 <= len(texts) <= len(LETTERS) or len(set(texts)) < len(texts):
+            return f"{len(texts)} options, of which {len(set(texts))} differ; 2 to {len(LETTERS)} different ones can be shown."
+        order = sorted(range(len(texts)), key=lambda i: hashlib.blake2s(f"{question}\n{texts[i]}".encode()).digest())
+        return tuple(texts[i] for i in order), LETTERS[order.index(right)]
 
 
-def extract(text: str, form: Format) -> str | None:
-    """The answer that a text gives, or None where it gives none."""
-    if form == "text":
-        return text.strip() or None
-    if form == "gsm8k":
-        _, mark, tail = text.rpartition("####")
-        return extract(tail, "number") if mark else None
-    if form == "number":
-        numbers = NUMBER.findall(text)
-        return numbers[-1].rstrip(",") if numbers else None
-    at = text.rfind("\\boxed{")
-    if at < 0:
-        return None
-    depth, start = 1, at + len("\\boxed{")
-    for end in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return text[start:end].strip()
-    return None
+class Jsonl(Rows):
+    """One file, by its suffix: JSONL, JSON, CSV or Parquet."""
 
 
-def same(given: str, reference: str) -> bool:
-    """Equal as numbers where both are numbers, else as text without case and spaces around."""
-    a, b = as_number(given), as_number(reference)
-    if a is not None and b is not None:
-        return a == b
-    return " ".join(given.casefold().split()) == " ".join(reference.casefold().split())
+class Dataset(Rows):
+    """A directory with the files of several splits."""
+
+    config: DatasetConfig
+
+    def _read(self, path: str, split: Split) -> list[Row]:
+        name = self.config.split if split == "train" else self.config.test_split or ""
+        return [row for file in split_files(Path(path), name) for row in read_rows(file)]
+
+    def _held_out(self) -> list[Row] | None:
+        c = self.config
+        return self._read(c.test_path or c.path, "test") if c.test_split or c.test_path else None
 
 
-def as_number(text: str) -> Decimal | None:
-    try:
-        value = Decimal(re.sub(r"[$,%\s]", "", text))
-    except InvalidOperation:
-        return None
-    return value if value.is_finite() else None
+def reference(full: str, form: Format) -> str | None:
+    """The reference answer in its field; a short line without \\boxed is all answer."""
+    found = extract(full, form)
+    if found is None and form in ("boxed", "math") and len(full.strip()) <= SHORT and "\n" not in full.strip():
+        return full.strip() or None
+    return found
 
 
-def grade_math(reference: str, text: str) -> Score:
-    """math-verify's symbolic comparison; its own time-outs and failures become statuses."""
-    try:
-        from math_verify import parse, verify
-        from math_verify.errors import TimeoutException
-    except ImportError:
-        raise UserError("format = 'math' needs math-verify: pip install 'trivet[tasks]'") from None
-    try:
-        gold, given = parse(f"\\boxed{{{reference}}}", raise_on_error=True), parse(text, raise_on_error=True)
-        if not gold:
-            return Score(0.0, "unparsed", detail=f"reference {reference!r}")
-        return Score(float(bool(given) and verify(gold, given, raise_on_error=True)))
-    except TimeoutException as e:
-        return Score(0.0, "timeout", detail=str(e))
-    except Exception as e:
-        return Score(0.0, "error", detail=f"{type(e).__name__}: {e}")
+def place_of(answer: Any, texts: list[str], labels: Any) -> int | None:
+    """Which option an answer names: a label or letter, an index from 0, or the option's text."""
+    if isinstance(labels, list) and answer in labels:
+        return labels.index(answer)
+    given = str(answer).strip()
+    if given in texts:
+        return texts.index(given)
+    if len(given) == 1 and given.upper() in LETTERS[: len(texts)]:
+        return LETTERS.index(given.upper())
+    return int(given) if given.isdecimal() and int(given) < len(texts) else None
 
 
 def _shuffled(count: int, lap: int) -> list[int]:

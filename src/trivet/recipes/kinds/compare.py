@@ -79,13 +79,9 @@ def _measure(stage: CompareStage, context: Context) -> dict[str, dict[str, Resul
         model, chat = load_pair(context.find(name), context.device)
         for probe in missing:
             rewards = make_rewards(probe.rewards, known_rewards(context.find, context.device))
-            sampling = Sampling(
-                temperature=probe.temperature, thinking=probe.thinking, max_tokens=probe.max_tokens
-            )
+            sampling = Sampling(temperature=probe.temperature, thinking=probe.thinking, max_tokens=probe.max_tokens)
             task = make_task(probe.task)
-            result = evaluate(
-                model, chat, task, count=stage.count, sampling=sampling, seed=stage.seed, rewards=rewards
-            )
+            result = evaluate(model, chat, task, count=stage.count, sampling=sampling, seed=stage.seed, rewards=rewards)
             known[name, probe.label] = result
             line = {"model": name, "probe": probe.label, "result": json.loads(result.model_dump_json())}
             journal.append(len(known), **line)

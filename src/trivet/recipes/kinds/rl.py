@@ -8,9 +8,11 @@ from pydantic import Field
 
 from trivet.model.lora import LoRA
 from trivet.recipes.adapted import save_result
+from trivet.recipes.judging import known_rewards
 from trivet.recipes.kinds.base import Context, StageBase, load_start, load_tasks
 from trivet.rl.config import RLConfig
 from trivet.rl.learner import learn
+from trivet.rl.rewards import make_rewards
 
 
 class RLStage(StageBase):
@@ -20,10 +22,14 @@ class RLStage(StageBase):
     start: str = Field(description="stage or model directory to start from")
     lora: LoRA | None = Field(default=None, description="train adapters of `start`, not its weights")
     tasks: tuple[dict[str, Any], ...] = Field(min_length=1, description="tasks to learn: name, weight, settings")
+    rewards: tuple[dict[str, Any], ...] = Field(
+        default=(), description="terms added to a task's grade: name, weight, label, tasks, instead, settings"
+    )
     rl: RLConfig
 
     def inputs(self) -> set[str]:
-        return {self.start}
+        models = {table["model"] for table in self.rewards if isinstance(table.get("model"), str)}
+        return {self.start, *models}
 
     def reseeded(self, seed: int) -> Self:
         return self.model_copy(update={"rl": self.rl.model_copy(update={"seed": self.rl.seed + seed})})
@@ -32,6 +38,9 @@ class RLStage(StageBase):
 def run(stage: RLStage, context: Context) -> dict[str, Any]:
     start, model, chat = load_start(stage.start, stage.lora, stage.rl.seed, context)
     tasks = load_tasks(stage.tasks, context)
-    summary = learn(model, chat, tasks, stage.rl, context.out, progress=context.progress, device=context.device)
+    rewards = make_rewards(stage.rewards, known_rewards(context.find, context.device))
+    summary = learn(
+        model, chat, tasks, stage.rl, context.out, rewards=rewards, progress=context.progress, device=context.device
+    )
     save_result(model, chat, context.out, start)
     return summary

@@ -16,8 +16,7 @@ from trivet.model.lora import LoRA
 from trivet.recipes.adapted import save_result
 from trivet.recipes.kinds.base import Context, StageBase, load_start, load_tasks
 from trivet.spec import ModelSpec
-from trivet.tasks import Split, Task
-from trivet.tools import get_tool
+from trivet.tasks import Split, Task, tools_for
 from trivet.train.data import Documents, Mixture, PackedBatches, TaskDocuments, TextDocuments
 from trivet.train.losses import head_loss
 from trivet.train.trainer import TrainConfig, train
@@ -116,7 +115,7 @@ def make_documents(stage: TrainStage, tasks: list[tuple[Task, float]], chat: Cha
         cut = int(len(ids) * 0.9)
         return TextDocuments(ids[:cut] if split == "train" else ids[cut:], length, seed)
     sources: list[Documents] = [
-        TaskDocuments(task, chat, seed + i, [get_tool(name).spec for name in task.tools], split)
+        TaskDocuments(task, chat, seed + i, [tool.spec for tool in tools_for(task, task.problem(split, 0))], split)
         for i, (task, _) in enumerate(tasks)
     ]
     return Mixture(sources, [weight for _, weight in tasks], seed)
