@@ -15,7 +15,7 @@ from trivet.config import UserError
 from trivet.messages import Completion, Message, Sampling, Score, StopReason, ToolCall, ToolSpec
 from trivet.rl.judge import JudgeConfig, judge_term, question
 from trivet.rl.learner import learn
-from trivet.rl.rewards import TERMS, Reward, add_rewards, make_rewards
+from trivet.rl.rewards import TERMS, Reward, add_rewards, make_rewards, rewards_of
 from trivet.rl.terms import Case, OverlongConfig, overlong, words
 from trivet.tasks import Problem
 from trivet.tools import ToolResult
@@ -92,6 +92,12 @@ def test_overlong_is_dapos_formula() -> None:
         OverlongConfig(limit=3, cache=4)
 
 
+def test_alphabet() -> None:
+    assert value("alphabet", case("4", "7+3= b"), characters="0123456789+=") == 0.8
+    assert value("alphabet", case("b", "7+3"), characters="0123456789+=") == 1  # of the thought alone
+    assert value("alphabet", case("b", ""), characters="1") == 1
+
+
 def test_length_and_repetition() -> None:
     assert value("length", case(tokens=range(10), reasoning=6), limit=20) == -0.5
     assert value("length", case(tokens=range(10), reasoning=6), limit=20, of="thinking") == pytest.approx(-0.3)
@@ -127,7 +133,7 @@ def test_every_term_stays_in_its_range_and_can_differ() -> None:
     ]  # fmt: skip
     settings: dict[str, dict[str, Any]] = {
         "language": {"script": "latin"}, "length": {"limit": 100}, "overlong": {"limit": 100, "cache": 50},
-        "schema": {"schema": {"type": "integer"}}, "repetition": {"n": 3},
+        "schema": {"schema": {"type": "integer"}}, "repetition": {"n": 3}, "alphabet": {"characters": "abc", "of": "all"},
     }  # fmt: skip
     for name in TERMS:
         (reward,) = make_rewards([{"name": name, "weight": 1.0, **settings.get(name, {})}])
@@ -139,6 +145,24 @@ def test_every_term_stays_in_its_range_and_can_differ() -> None:
 # ------------------------------------------------------------------------------------------- adding up
 def term(*scores: Score) -> Reward:
     return Reward("extra", 0.5, lambda cases: scores[: len(cases)])
+
+
+def test_a_term_for_some_tasks_and_one_in_place_of_the_grade() -> None:
+    made = make_rewards(
+        [
+            {"name": "format", "weight": 0.1, "tasks": ["chain"]},
+            {"name": "alphabet", "weight": 0.5, "characters": "1", "instead": True, "tasks": ["arrange"]},
+        ]
+    )
+    assert [[r.label for r in rewards_of(made, task)] for task in ("chain", "arrange", "search")] == [
+        ["format"], ["alphabet"], [],
+    ]  # fmt: skip
+    (plain,) = add_rewards([case("2", "11")], [Score(1.0)], rewards_of(made, "chain"))
+    (instead,) = add_rewards([case("2", "11")], [Score(1.0)], rewards_of(made, "arrange"))
+    assert plain.value == pytest.approx(1.1) and instead.value == 0.5
+    assert instead.parts == {"task": 1.0, "alphabet": 1.0}  # the grade is still there to be watched
+    with pytest.raises(UserError, match="tasks must be a list"):
+        make_rewards([{"name": "format", "weight": 0.1, "tasks": "chain"}])
 
 
 def test_terms_are_added_and_kept_apart() -> None:
