@@ -90,7 +90,7 @@ class Conversations:
         self.name: str = config.name
         self.tools = config.tools
         lines = read_lines(Path(config.path), config.bad_share)
-        self.lines = {s: [x for x in lines if is_test(_question(x)) == (s == "test")] for s in ("train", "test")}
+        self.lines = {s: [x for x in lines if _held_out(x) == (s == "test")] for s in ("train", "test")}
         for split, found in self.lines.items():
             if not found:
                 raise UserError(f"{config.path} leaves no {split} conversations ({len(lines)} in all): give more.")
@@ -143,6 +143,11 @@ def read_lines(path: Path, bad_share: float) -> list[Line]:
     if bad:
         warnings.warn(f"{path}: {len(bad)} of {len(texts)} lines can't be used, first {bad[0]}", stacklevel=3)
     return lines
+
+
+def _held_out(line: Line) -> bool:
+    """By a hash of its own: the questions of a `sample` stage are all from its task's training split."""
+    return is_test(f"conversation: {_question(line)}")
 
 
 def _question(line: Line) -> str:
