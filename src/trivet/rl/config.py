@@ -48,6 +48,9 @@ class RLConfig(Frozen):
         default=0.02, ge=0, le=1, description="stop when more than this share of a batch could not be graded"
     )
     eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only at the end")
+    page_every: int = Field(
+        default=0, ge=0, description="write every n-th step's episodes, for `trivet rollouts`; 0: none"
+    )
     save_every_seconds: float = Field(default=60.0, ge=0, description="time between saved states")
     tensorboard: bool = Field(default=True, description="write TensorBoard event files too")
 
