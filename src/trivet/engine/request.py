@@ -24,6 +24,7 @@ from trivet.messages import Sampling
 
 UNLIMITED = 2**31
 MOST_TOPS = 100  # likeliest tokens that are reported
+SURE = 0.99  # a token of a larger probability counts for halt_repeating
 
 
 class NoRoom(UserError):
@@ -70,6 +71,7 @@ class Limits:
             ("presence_penalty", s.presence_penalty, isfinite(s.presence_penalty)),
             ("frequency_penalty", s.frequency_penalty, isfinite(s.frequency_penalty)),
             ("top_logprobs", s.top_logprobs, 0 <= s.top_logprobs <= MOST_TOPS),
+            ("halt_repeating", s.halt_repeating, s.halt_repeating >= 0),
             ("min_thinking", s.min_thinking, s.min_thinking >= 0),
             ("max_tokens", s.max_tokens, s.max_tokens >= 1),
             ("answer_reserve", s.answer_reserve, s.answer_reserve >= 0),

@@ -59,6 +59,8 @@ class Rows:
         self.filling, self.follows = np.zeros(0, bool), np.zeros(0, bool)
         # least: thinking tokens below which a thought goes on; waited: forced tokens that count for it.
         self.least, self.waited = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        # sure: sampled tokens in a row that were all but certain; most_sure: how many end the request.
+        self.sure, self.most_sure = np.zeros(0, np.int64), np.zeros(0, np.int64)
         # guessed: tokens behind the wanted ones that are a guess; drafted: how many a draft model has read.
         self.guessed, self.drafted = np.zeros(0, np.int64), np.zeros(0, np.int64)
         kinds = (torch.float32, torch.float32, torch.long, torch.float32, torch.long)
@@ -119,6 +121,7 @@ class Rows:
             self.most[row] = min(s.max_tokens, self.most_columns - len(prompt))
             self.budget[row], self.last_thought[row] = live.limits.budget, live.limits.last_thought
             self.least[row], self.waited[row] = s.min_thinking, 0
+            self.sure[row], self.most_sure[row] = 0, s.halt_repeating or UNLIMITED
             self.thinking[row], self.thought[row], self.hit[row] = live.limits.open, 0, False
             self.stops_on_tool[row] = live.request.stop_on_tool
             values = (s.temperature, s.top_p, s.top_k, s.min_p, s.seed & (2**63 - 1))

@@ -25,6 +25,9 @@ class RLConfig(Frozen):
     thinking: int | Literal["off"] | None = Field(
         default=None, description="thinking budget in tokens; unset: unlimited; 'off': no thinking"
     )
+    halt_repeating: int = Field(
+        default=0, ge=0, description="end an answer after so many tokens in a row of probability > 0.99; 0: never"
+    )
     max_turns: int = Field(default=8, gt=0, description="completions of an episode, tool calls between them")
     max_rows: int = Field(default=512, gt=0, description="episodes that are generated at the same time")
     objective: str = Field(default="dapo", description="reinforce, rloo, grpo, dr_grpo, dapo, cispo or gspo")
