@@ -118,12 +118,14 @@ class Row:
     trained: the model sampled this token (not the prompt, a tool result, or a forced token).
     logprobs: under the distribution sampled from; 0 where not trained.
     experts: (start, ids a MoE layer) of each completion, as its engine recorded them.
+    stale: whether weights older than those that are to learn from it sampled this token; empty: none.
     """
 
     ids: tuple[int, ...]
     trained: tuple[bool, ...]
     logprobs: tuple[float, ...]
     experts: tuple[tuple[int, Any], ...] = ()
+    stale: tuple[bool, ...] = ()
 
 
 def row(episode: Episode) -> Row:

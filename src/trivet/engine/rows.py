@@ -105,31 +105,34 @@ class Rows:
         self.live.append(live)
         self.sampled[row] = False
         self.logprobs[row] = self.raw_logprobs[row] = 0.0
+        s, prompt = live.request.sampling, live.request.prompt
+        self.tokens[row, : len(prompt)] = prompt
+        self.wanted[row], self.prompt_length[row] = len(prompt), len(prompt)
+        self.most[row] = min(s.max_tokens, self.most_columns - len(prompt))
+        self.budget[row], self.last_thought[row] = live.limits.budget, live.limits.last_thought
+        self.least[row], self.waited[row] = s.min_thinking, 0
+        self.sure[row], self.most_sure[row] = 0, s.halt_repeating or UNLIMITED
+        self.thinking[row], self.thought[row], self.hit[row] = live.limits.open, 0, False
+        self.stops_on_tool[row] = live.request.stop_on_tool
+        values = (s.temperature, s.top_p, s.top_k, s.min_p, s.seed & (2**63 - 1))
+        for setting, number in zip(vars(self.settings).values(), values, strict=True):
+            setting[row] = number
         if live.saved is not None:
-            for name, table in self._tables():
-                value = live.saved.known[name]
-                table[(row, slice(len(value))) if table.ndim > 1 else row] = value
-            for table, value in zip(self.experts, live.saved.known["experts"], strict=True):
-                table[row, : len(value)] = value
-            for setting, value in zip(vars(self.settings).values(), live.saved.settings, strict=True):
-                setting[row] = value
+            self._restore(row, live.saved)
             live.saved = None
-        else:
-            s, prompt = live.request.sampling, live.request.prompt
-            self.tokens[row, : len(prompt)] = prompt
-            self.wanted[row], self.prompt_length[row] = len(prompt), len(prompt)
-            self.most[row] = min(s.max_tokens, self.most_columns - len(prompt))
-            self.budget[row], self.last_thought[row] = live.limits.budget, live.limits.last_thought
-            self.least[row], self.waited[row] = s.min_thinking, 0
-            self.sure[row], self.most_sure[row] = 0, s.halt_repeating or UNLIMITED
-            self.thinking[row], self.thought[row], self.hit[row] = live.limits.open, 0, False
-            self.stops_on_tool[row] = live.request.stop_on_tool
-            values = (s.temperature, s.top_p, s.top_k, s.min_p, s.seed & (2**63 - 1))
-            for setting, number in zip(vars(self.settings).values(), values, strict=True):
-                setting[row] = number
         self.computed[row] = self.guessed[row] = self.drafted[row] = 0
         self.alive[row] = self.filling[row] = True
         self.follows[row] = False
+
+    def _restore(self, row: int, saved: Saved) -> None:
+        for name, table in self._tables():
+            if name in saved.known:
+                value = saved.known[name]
+                table[(row, slice(len(value))) if table.ndim > 1 else row] = value
+        for table, value in zip(self.experts, saved.known["experts"], strict=False):  # none, or of every layer
+            table[row, : len(value)] = value
+        for setting, value in zip(vars(self.settings).values(), saved.settings, strict=False):
+            setting[row] = value
 
     def read(self, live: Live) -> dict[str, Any]:
         """All that is known of a request, by name: running, waiting, or taken out."""
