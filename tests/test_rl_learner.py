@@ -97,18 +97,6 @@ def test_it_learns(tmp_path: Path) -> None:
     assert abs(frozen[-1]["reward"] - frozen[0]["reward"]) < 0.1
 
 
-@pytest.mark.parametrize(
-    "pattern",
-    ["gqa/dense*2", "mla/dense*2", "lightning/dense*2", "delta/dense*2", "gqa/moe mla/moe lightning/moe delta/moe"],
-)
-def test_first_ratio_is_one_and_engine_and_trainer_agree(pattern: str, tmp_path: Path) -> None:
-    last = learn(make(pattern, noise=0.3), CHAT, [(Calls(), 1.0)], config(problems=8), tmp_path)
-    assert last["ratio/max_abs_log"] == 0.0
-    assert 0 < last["mismatch/max_abs_log"] < 1e-4
-    assert 0 <= last["mismatch/kl"] < 1e-7
-    assert last["no_spread"] < 1 and last["grad_norm"] > 0
-
-
 def test_disagreement_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin: an engine that samples at another temperature than it says is found out at once."""
     from trivet.rl import learner
