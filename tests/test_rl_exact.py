@@ -228,7 +228,8 @@ def check_coverage(chat: Chat, episodes: list[Episode]) -> None:
     assert sum(len(e.completions) == TURNS for e in episodes) >= 5
     assert sum(s.result.status == "ok" for s in results) > 50
     assert bare or any("no tool 'nope'" in s.result.text for s in results)
-    assert bare or any(s.call.error for s in results)
+    untagged = bool(chat.syntax.start)  # then what can't be read as a call is an answer
+    assert bare or untagged or any(s.call.error for s in results)
     assert any(e.stop is StopReason.LENGTH for e in episodes)
     assert chat.thinks == "never" or sum(e.budget_hit for e in episodes) >= 10
 
