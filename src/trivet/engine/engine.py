@@ -404,6 +404,7 @@ class Engine:
             self.chat.decode(tokens), tokens, sampled, logprobs, raw, reason, live.request.prompt,
             int(known["thought"]), bool(known["hit"]), experts, error, live.reported_tops(len(tokens)),
             tuple(live.prompt_logprobs) if live.request.sampling.prompt_logprobs else None,
+            live.reported_sets(len(tokens)),
         )  # fmt: skip
         if row >= 0:
             if reason is StopReason.ERROR:

@@ -18,12 +18,15 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, Literal
 
+import numpy as np
+
 from trivet.chat import Chat
 from trivet.config import UserError
 from trivet.messages import Sampling
 
 UNLIMITED = 2**31
 MOST_TOPS = 100  # likeliest tokens that are reported
+NO_IDS = np.zeros(0, np.int32)
 
 
 class NoRoom(UserError):
@@ -136,6 +139,7 @@ class Live:
     matcher: Any = None  # where its grammar stands
     tops: dict[int, tuple[tuple[int, float], ...]] = field(default_factory=dict)  # by number of the token
     prompt_logprobs: list[float] = field(default_factory=list)
+    sets: dict[int, np.ndarray] = field(default_factory=dict)  # what it was drawn from, by number of the token
 
     @property
     def known(self) -> int:
@@ -146,3 +150,13 @@ class Live:
         if not self.request.sampling.top_logprobs:
             return None
         return tuple(self.tops.get(i, ()) for i in range(tokens))
+
+    def reported_sets(self, tokens: int) -> tuple[np.ndarray, np.ndarray] | None:
+        if not self.keeps_sets:
+            return None
+        sets = [self.sets.get(i, NO_IDS) for i in range(tokens)]
+        return np.concatenate([NO_IDS, *sets]), np.cumsum([0, *map(len, sets)])
+
+    @property
+    def keeps_sets(self) -> bool:
+        return self.request.sampling.keep_sets and self.request.sampling.truncates
