@@ -99,14 +99,14 @@ def test_it_learns(tmp_path: Path) -> None:
 
 def test_disagreement_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin: an engine that samples at another temperature than it says is found out at once."""
-    from trivet.rl import learner
+    from trivet.rl import sampler
 
     def hot(engine: Engine, jobs: list[Job], turns: int) -> Any:
         from dataclasses import replace
 
         return play(engine, [replace(j, sampling=replace(j.sampling, temperature=1.5)) for j in jobs], turns)
 
-    monkeypatch.setattr(learner, "play", hot)
+    monkeypatch.setattr(sampler, "play", hot)
     with pytest.raises(UserError, match="engine and trainer disagree"):
         learn(make(noise=0.3), CHAT, [(Digits(), 1.0)], config(), tmp_path)
 

@@ -17,6 +17,9 @@ class RLConfig(Frozen):
     steps: int = Field(gt=0, description="batches of episodes, each sampled with fresh weights")
     problems: int = Field(default=32, gt=0, description="problems of a batch")
     group: int = Field(default=16, ge=2, description="episodes of each problem")
+    dynamic: int = Field(
+        default=1, gt=0, description="rounds at most: groups whose rewards agree are replaced by new problems (DAPO)"
+    )
     temperature: float = Field(default=1.0, gt=0, description="of sampling, and of the probabilities trained")
     max_tokens: int = Field(default=256, gt=0, description="tokens the model may write in an episode")
     thinking: int | Literal["off"] | None = Field(

@@ -42,19 +42,17 @@ from trivet.agent.loop import Row
 from trivet.chat import Chat
 from trivet.config import UserError
 from trivet.disk import Journal
-from trivet.engine import PREFIX_BYTES, Engine
-from trivet.messages import Sampling
 from trivet.model import Routing, Transformer
 from trivet.model.lora import adapter_parameters, fingerprint
 from trivet.rl.config import RLConfig
 from trivet.rl.objectives import Totals, advantages, find_objective, policy_loss
 from trivet.rl.reference import Reference
-from trivet.rl.rollout import Attempt, Job, draw_problems, play
+from trivet.rl.rollout import Attempt
+from trivet.rl.sampler import Sampler, rewards
 from trivet.rl.summary import describe
 from trivet.rl.update import Packed, pack
 from trivet.tasks import Task
 from trivet.train.checkpoint import load_latest, save_state
-from trivet.train.data import stable_hash
 from trivet.train.losses import token_logprobs
 from trivet.train.optim import Optimizer, clip, schedule
 from trivet.train.trainer import Board, Deferred, Interrupted
@@ -144,6 +142,7 @@ class _Run:
             del self.identity["rl"][harmless]
         if adapter_parameters(model):  # a state holds the adapters only
             self.identity["base"] = fingerprint(model)
+        self.sampler = Sampler(model, chat, tasks, config, device)
         self.step, self.seconds, self.metrics = 0, 0.0, {}
         self.journal = Journal(out / "metrics.jsonl")
         state = load_latest(out / "resume", self.identity)
@@ -159,9 +158,9 @@ class _Run:
     # --- one step -------------------------------------------------------------------------------
     def one_step(self) -> dict[str, Any]:
         began = time.perf_counter()
-        attempts = self.sample()
-        generated = time.perf_counter()
-        values = describe(attempts, self.config.group)
+        batch = self.sampler.sample(self.step)
+        generated, attempts = time.perf_counter(), batch.attempts
+        values = describe(attempts) | batch.counts
         self.check_graded(attempts, values)
         sequences, advantage, values["no_spread"] = self.choose(attempts)
         trained = sum(len(row.ids) for row in sequences)
@@ -179,27 +178,6 @@ class _Run:
             "training_tokens_per_second": trained / (ended - generated),
         }
 
-    def sample(self) -> list[Attempt]:
-        """P x G graded episodes, a group's one after the other. A new engine: no state but the weights."""
-        c = self.config
-        jobs = []
-        for p, (task, problem) in enumerate(draw_problems(self.tasks, c.seed, self.step, c.problems)):
-            for g in range(c.group):
-                sampling = Sampling(
-                    temperature=c.temperature, max_tokens=c.max_tokens, thinking=c.thinking,
-                    seed=stable_hash(c.seed, self.step, p, g),
-                )  # fmt: skip
-                jobs.append(Job(task, problem, sampling))
-        self.model.eval()
-        turns = c.max_turns > 1 and any(job.task.tools for job in jobs)  # a turn goes on from the one before
-        engine = Engine(
-            self.model, self.chat, min(c.max_rows, len(jobs)), c.length + 1, torch.device(self.device),
-            prefix_bytes=PREFIX_BYTES if turns else 0,
-        )  # fmt: skip
-        attempts = play(engine, jobs, c.max_turns)
-        self.model.train()
-        return attempts
-
     def check_graded(self, attempts: Sequence[Attempt], values: dict[str, Any]) -> None:
         if values["not_ok"] > self.config.not_ok_limit * len(attempts):
             statuses = Counter(a.score.status for a in attempts if not a.score.ok)
@@ -212,10 +190,8 @@ class _Run:
 
     def choose(self, attempts: Sequence[Attempt]) -> tuple[list[Row], Tensor, float]:
         """Rows worth learning from, their advantages [S], and the share of groups that agree."""
-        shape = (self.config.problems, self.config.group)
-        rewards = torch.tensor([a.score.value for a in attempts]).view(shape)
-        ok = torch.tensor([a.score.ok for a in attempts]).view(shape)
-        value, spread = advantages(torch.where(ok, rewards, 0.0), ok, self.objective.advantage)
+        value, ok = rewards(attempts, self.config.group)
+        value, spread = advantages(value, ok, self.objective.advantage)
         kept = (ok & spread[:, None]).flatten()
         rows = [a.row for a, keep in zip(attempts, kept.tolist(), strict=True) if keep]
         wrote = torch.tensor([any(row.trained) for row in rows], dtype=torch.bool)

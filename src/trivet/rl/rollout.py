@@ -96,8 +96,10 @@ def grade(job: Job, episode: Episode) -> Score:
         return Score(0.0, "error", detail=f"grader of {job.task.name!r}: {type(e).__name__}: {e}")
 
 
-def draw_problems(tasks: Sequence[tuple[Task, float]], seed: int, step: int, count: int) -> list[tuple[Task, Problem]]:
-    """The training problems of a step: a pure function of (seed, step).
+def draw_problems(
+    tasks: Sequence[tuple[Task, float]], seed: int, step: int, count: int, first: int = 0
+) -> list[tuple[Task, Problem]]:
+    """The training problems `first` to `first` + `count` of a step: a pure function of (seed, step, first, count).
 
     Tasks are drawn systematically (one random offset, then even spacing), so that their shares hold
     in every batch and not only on average; problems by hash.
@@ -107,10 +109,10 @@ def draw_problems(tasks: Sequence[tuple[Task, float]], seed: int, step: int, cou
     if not tasks or min(weights) < 0 or total <= 0:
         raise UserError(f"RL needs tasks with weights >= 0, not all 0; got {weights}.")
     bounds = [sum(weights[: i + 1]) / total for i in range(len(tasks))]
-    offset = stable_hash(seed, step) / 2**64
+    offset = stable_hash(seed, step, *([-first] if first else [])) / 2**64
     drawn = []
     for i in range(count):
         point = (i + offset) / count
         task = next((task for (task, w), bound in zip(tasks, bounds, strict=True) if w and point < bound), tasks[-1][0])
-        drawn.append((task, task.problem("train", stable_hash(seed, step, i))))
+        drawn.append((task, task.problem("train", stable_hash(seed, step, first + i))))
     return drawn

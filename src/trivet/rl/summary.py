@@ -9,7 +9,7 @@ from typing import Any
 from trivet.rl.rollout import Attempt
 
 
-def describe(attempts: Sequence[Attempt], group: int) -> dict[str, Any]:
+def describe(attempts: Sequence[Attempt]) -> dict[str, Any]:
     """Metrics of a batch before any update. Rewards are means over the scores that are ok."""
     n = len(attempts)
     ok = [a for a in attempts if a.score.ok]
