@@ -42,7 +42,7 @@ LONG_FUNCTIONS: set[str] = set()  # "room/file.py:name", each with a reason
 PROBES_ALLOWED: set[str] = set()  # "file.py:function", each with a reason
 # Installed by extras only, or slow to import: never at the top of a file.
 LAZY = {"matplotlib", "tensorboard", "pydantic_monty", "reasoning_gym", "math_verify", "llguidance"}
-MAKES_IDS = {"encode", "encode_text", "encode_batch", "tokenise", "tokenizer", "render"}
+MAKES_IDS = {"encode", "encode_text", "encode_batch", "tokenise", "tokenizer"}
 
 Finding = tuple[int, str]
 
@@ -108,7 +108,10 @@ def no_text_to_ids(tree: ast.Module, file: str) -> Iterator[Finding]:
     """What is trained on are ids that were seen and sampled: these rooms never make ids from text."""
     if file.split("/")[0] in ("rl", "agent"):
         for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and node.attr.lstrip("_") in MAKES_IDS:
+            if not isinstance(node, ast.Attribute):
+                continue
+            of_chat = node.attr == "render" and ast.unparse(node.value).split(".")[-1] == "chat"
+            if of_chat or node.attr.lstrip("_") in MAKES_IDS:
                 yield node.lineno, f"{ast.unparse(node)} makes ids from text"
 
 

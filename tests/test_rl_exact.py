@@ -17,7 +17,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ from trivet.chat.builtin import TEMPLATE
 from trivet.config import UserError
 from trivet.engine import Engine, EngineModel
 from trivet.messages import Message, Sampling, Score, StopReason, ToolCall
-from trivet.model import Routing
+from trivet.model import Routing, Transformer
 from trivet.rl.learner import _Run, learn
 from trivet.rl.rollout import Attempt, Job, play
 from trivet.rl.update import pack
@@ -61,7 +60,7 @@ def test_packed_logprobs_are_those_of_one_plain_row(kind: str) -> None:
     run = _Run(model, CHAT, [], config(temperature=0.8), Path("nowhere"), "cpu")
     for part in pack(rows, 2, 64):
         with torch.no_grad():
-            got = run._logprobs(model, part, Routing())[0]
+            got = run.updates.logprobs(model, part, Routing())[0]
         want = [plain(model, rows[s], 0.8) for s in sorted(set(part.sequence.tolist()))]
         by_row = [got[part.sequence == s] for s in sorted(set(part.sequence.tolist()))]
         for a, b in zip(by_row, want, strict=True):
@@ -115,12 +114,11 @@ class Script:
         return token
 
 
-class Blind(Engine):
-    """The engine with its rules and without its model: what is drawn is in a script."""
+class Blind(Transformer):
+    """It computes nothing: what is drawn is in a script, and the rules are the engine's."""
 
-    def _feed(self, part: slice, counts: np.ndarray) -> Tensor:
-        self.rows.computed[part] += counts
-        return torch.zeros(part.stop - part.start, max(int(counts.max()), 1), self.model.spec.d_model)
+    def forward(self, tokens: Tensor, *args: Any, **more: Any) -> Tensor:
+        return torch.zeros(*tokens.shape, self.spec.d_model)
 
 
 def a_call(chat: Chat, name: str) -> list[int]:
@@ -159,14 +157,14 @@ def scripted_episodes(name: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
         for seed in range(EPISODES)
     }
 
-    def drawn(logits: Tensor, settings: Any, index: Tensor, steered: Any) -> tuple[Tensor, ...]:
+    def drawn(logits: Tensor, settings: Any, index: Tensor, steered: Any, sets: Any) -> tuple[Tensor, ...]:
         tokens = [scripts[s].draw(i) for s, i in zip(settings.seed.tolist(), index.tolist(), strict=True)]
         return torch.tensor(tokens), -torch.rand(len(tokens)), torch.zeros(len(tokens))
 
     monkeypatch.setattr(writing, "sample", drawn)
     slots = 3000
     spec = make().spec.model_copy(update={"vocab_size": chat.vocab_size, "context_length": slots})
-    model = EngineModel(Blind(type(make())(spec).eval(), chat, EPISODES, slots), chat)
+    model = EngineModel(Engine(Blind(spec), chat, EPISODES, slots), chat)
     thinks = chat.thinks != "never"
     samplings = [
         Sampling(max_tokens=rng.choice((30 + len(chat.closing_ids), 1500)), thinking=rng.choice((None, 0, 5)) if thinks else None, seed=seed,
@@ -244,10 +242,10 @@ def test_a_template_that_changes_earlier_turns_is_refused(monkeypatch: pytest.Mo
         script = Script([call, [chat.end_id]])
         monkeypatch.setattr(
             writing, "sample",
-            lambda logits, settings, index, steered, s=script: (
+            lambda logits, settings, index, steered, sets, s=script: (
                 torch.tensor([s.draw(int(index[0]))]), torch.full((1,), -1.0), torch.zeros(1)),
         )  # fmt: skip
-        model = EngineModel(Blind(make().eval(), chat, 1, 120), chat)
+        model = EngineModel(Engine(Blind(make().spec), chat, 1, 120), chat)
         episode = asyncio.run(run_episode(model, [Message("user", "1+1=")], [NOTE], Sampling(max_tokens=50), 3))
         assert len(episode.completions) == 2
         attempt = Attempt(jobs[0], episode, Score(1.0))

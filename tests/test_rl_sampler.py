@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_rl_learner import CHAT, Digits, config, make
 
+from test_rl_learner import CHAT, Digits, config, make
 from trivet.messages import Message, Score
 from trivet.rl.learner import learn
 from trivet.rl.sampler import Batch, Sampler, spread

@@ -182,7 +182,9 @@ def random_sets(targets: Tensor, v: int) -> tuple[Sets, Tensor]:
 
 @pytest.mark.parametrize("chunk", [None, 7])
 def test_token_logprobs_over_sets_are_those_of_a_masked_softmax(chunk: int | None) -> None:
-    hidden, weight, targets = (x.double().detach().requires_grad_() if x.is_floating_point() else x for x in inputs(ignored=0.0))
+    hidden, weight, targets = (
+        x.double().detach().requires_grad_() if x.is_floating_point() else x for x in inputs(ignored=0.0)
+    )
     hidden32, weight32 = (x.detach().float().requires_grad_() for x in (hidden, weight))
     sets, mask = random_sets(targets, len(weight))
     z = (hidden @ weight.T / 0.7).masked_fill(~mask, float("-inf"))

@@ -117,8 +117,8 @@ class Completion:
     sampled: False where the engine forced the token (closing message, end-of-thinking tag).
     logprobs: under the distribution sampled from (after grammar, penalties, temperature and truncation); 0 if forced.
     raw_logprobs: under the model's own distribution (T=1, nothing truncated); 0 if forced.
-    experts: per MoE layer, (len(tokens), top_k) expert ids that computed the *input* position that
-        predicted each token; None for a dense model.
+    experts: where recorded, per MoE layer, the expert ids [n-1, top_k] of every input position, prompt and tokens
+        but the last; -1 where the position was not computed for this request but found.
     top_logprobs: where asked for, the likeliest (token, raw logprob) pairs of each token; () if forced.
     prompt_logprobs: where asked for, the raw logprob of every prompt token but the first.
     sets: where asked for, arrays (ids, offsets): token i was drawn from ids[offsets[i] : offsets[i + 1]], which is

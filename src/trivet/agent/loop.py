@@ -117,14 +117,14 @@ class Row:
 
     trained: the model sampled this token (not the prompt, a tool result, or a forced token).
     logprobs: under the distribution sampled from; 0 where not trained.
-    experts: (start, ids a MoE layer) of each completion, as its engine recorded them.
+    experts: Completion.experts of each completion that recorded them.
     sets: (start, Completion.sets) of each completion that recorded what its tokens were drawn from.
     """
 
     ids: tuple[int, ...]
     trained: tuple[bool, ...]
     logprobs: tuple[float, ...]
-    experts: tuple[tuple[int, Any], ...] = ()
+    experts: tuple[Any, ...] = ()
     sets: tuple[tuple[int, Any], ...] = ()
 
 
@@ -143,7 +143,7 @@ def row(episode: Episode) -> Row:
         trained[start:end] = completion.sampled
         logprobs[start:end] = completion.logprobs
         if completion.experts is not None:
-            experts.append((start, completion.experts))
+            experts.append(completion.experts)
         if completion.sets is not None:
             sets.append((start, completion.sets))
     return Row(ids, tuple(trained), tuple(logprobs), tuple(experts), tuple(sets))

@@ -299,6 +299,8 @@ class Engine:
         source = torch.full((len(targets),), row, device=self.device)
         for cache in rows.caches:
             cache.copy_rows(source, torch.tensor(targets, device=self.device))
+        for table in rows.experts:
+            table[targets, :computed] = table[row, :computed]
         rows.computed[targets], rows.follows[targets] = computed, False
         live.followers = []
         self.stats.shared_tokens += computed * len(targets)
@@ -399,7 +401,7 @@ class Engine:
         tokens, sampled, logprobs, raw = (
             tuple(known[name][start:].tolist()) for name in ("tokens", "sampled", "logprobs", "raw_logprobs")
         )
-        experts = [t[start - 1 : -1] for t in known["experts"]] if self.record_experts else None
+        experts = [t[:-1] for t in known["experts"]] if self.record_experts else None
         done = Completion(
             self.chat.decode(tokens), tokens, sampled, logprobs, raw, reason, live.request.prompt,
             int(known["thought"]), bool(known["hit"]), experts, error, live.reported_tops(len(tokens)),

@@ -103,6 +103,8 @@ class Rows:
         self.live.append(live)
         self.sampled[row] = False
         self.logprobs[row] = self.raw_logprobs[row] = 0.0
+        for table in self.experts:
+            table[row] = -1
         if live.saved is not None:
             for name, table in self._tables():
                 value = live.saved.known[name]

@@ -148,7 +148,7 @@ class Writer:
         row, ids = (t.cpu().numpy() for t in could[torch.from_numpy(at).to(could.device)].nonzero(as_tuple=True))
         parts = np.split(ids.astype(np.int32), np.searchsorted(row, np.arange(1, len(at))))
         for i, part in zip(at, parts, strict=bool(len(at))):
-            self._sets[rows.live[which[i]].id].sets[int(produced[i])] = part  # type: ignore[union-attr]
+            self._sets[rows.live[which[i]].id].sets[int(produced[i])] = part
 
     def _early(
         self,
