@@ -31,7 +31,7 @@ from trivet.rl.learner import learn
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 CONFIG = config(
-    steps=int(sys.argv[3]), objective="grpo", updates_per_batch=2, save_every_seconds=0, **json.loads(sys.argv[4])
+    steps=int(sys.argv[3]), objective="grpo", epochs=2, save_every_seconds=0, **json.loads(sys.argv[4])
 )
 
 def child(out):

@@ -73,6 +73,7 @@ class Sampling:
     answer_reserve: tokens kept back from max_tokens so that a thinker can still answer.
     grammar: holds from where the answer starts.
     top_logprobs, prompt_logprobs: what Completion reports of the model's own distribution.
+    keep_sets: report the tokens that each was drawn from, where top_p, top_k or min_p leave some out.
     """
 
     temperature: float = 1.0
@@ -95,6 +96,11 @@ class Sampling:
     grammar: Grammar | None = None
     top_logprobs: int = 0
     prompt_logprobs: bool = False
+    keep_sets: bool = False
+
+    @property
+    def truncates(self) -> bool:
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
 
 class StopReason(StrEnum):
@@ -114,10 +120,12 @@ class Completion:
     sampled: False where the engine forced the token (closing message, end-of-thinking tag).
     logprobs: under the distribution sampled from (after grammar, penalties, temperature and truncation); 0 if forced.
     raw_logprobs: under the model's own distribution (T=1, nothing truncated); 0 if forced.
-    experts: per MoE layer, (len(tokens), top_k) expert ids that computed the *input* position that
-        predicted each token; None for a dense model.
+    experts: where recorded, per MoE layer, the expert ids [n-1, top_k] of every input position, prompt and tokens
+        but the last; -1 where the position was not computed for this request but found.
     top_logprobs: where asked for, the likeliest (token, raw logprob) pairs of each token; () if forced.
     prompt_logprobs: where asked for, the raw logprob of every prompt token but the first.
+    sets: where asked for, arrays (ids, offsets): token i was drawn from ids[offsets[i] : offsets[i + 1]], which is
+        empty where it was forced.
     """
 
     text: str
@@ -133,6 +141,7 @@ class Completion:
     error: str | None = None
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
     prompt_logprobs: tuple[float, ...] | None = None
+    sets: tuple[Any, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ exactly N tokens was not cut. No torch here.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import isfinite, log
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from trivet.messages import Completion, Sampling
 UNLIMITED = 2**31
 MOST_TOPS = 100  # likeliest tokens that are reported
 SURE = 0.99  # a token of a larger probability counts for halt_repeating
+NO_IDS = np.zeros(0, np.int32)
 
 
 class NoRoom(UserError):
@@ -167,6 +169,7 @@ class Live:
     matcher: Any = None  # where its grammar stands
     tops: dict[int, tuple[tuple[int, float], ...]] = field(default_factory=dict)  # by number of the token
     prompt_logprobs: list[float] = field(default_factory=list)
+    sets: dict[int, np.ndarray] = field(default_factory=dict)  # what it was drawn from, by number of the token
 
     @property
     def known(self) -> int:
@@ -177,3 +180,18 @@ class Live:
         if not self.request.sampling.top_logprobs:
             return None
         return tuple(self.tops.get(i, ()) for i in range(tokens))
+
+    def take_sets(self, so_far: Completion) -> None:
+        if so_far.sets is not None:
+            ids, ends = so_far.sets
+            self.sets = {i: ids[a:b] for i, (a, b) in enumerate(pairwise(ends)) if b > a}
+
+    def reported_sets(self, tokens: int) -> tuple[np.ndarray, np.ndarray] | None:
+        if not self.keeps_sets:
+            return None
+        sets = [self.sets.get(i, NO_IDS) for i in range(tokens)]
+        return np.concatenate([NO_IDS, *sets]), np.cumsum([0, *map(len, sets)])
+
+    @property
+    def keeps_sets(self) -> bool:
+        return self.request.sampling.keep_sets and self.request.sampling.truncates

@@ -105,6 +105,8 @@ class Rows:
         self.live.append(live)
         self.sampled[row] = False
         self.logprobs[row] = self.raw_logprobs[row] = 0.0
+        for table in self.experts:
+            table[row] = -1
         s, prompt = live.request.sampling, live.request.prompt
         self.tokens[row, : len(prompt)] = prompt
         self.wanted[row], self.prompt_length[row] = len(prompt), len(prompt)

@@ -21,6 +21,9 @@ class RLConfig(Frozen):
         default=1, gt=0, description="rounds at most: groups whose rewards agree are replaced by new problems (DAPO)"
     )
     temperature: float = Field(default=1.0, gt=0, description="of sampling, and of the probabilities trained")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="draw from the likeliest tokens that reach this share")
+    top_k: int = Field(default=0, ge=0, description="draw from so many of the likeliest tokens; 0: from all")
+    min_p: float = Field(default=0.0, ge=0, le=1, description="draw from tokens with this share of the best's chance")
     max_tokens: int = Field(default=256, gt=0, description="tokens the model may write in an episode")
     thinking: int | Literal["off"] | None = Field(
         default=None, description="thinking budget in tokens; unset: unlimited; 'off': no thinking"
@@ -32,7 +35,12 @@ class RLConfig(Frozen):
     max_rows: int = Field(default=512, gt=0, description="episodes that are generated at the same time")
     objective: str = Field(default="dapo", description="reinforce, rloo, grpo, dr_grpo, dapo, cispo or gspo")
     overrides: dict[str, Any] = Field(default_factory=dict, description="choices of the objective to change")
-    updates_per_batch: int = Field(default=1, gt=0, description="optimizer steps on each batch, all of it")
+    epochs: int = Field(default=1, gt=0, description="times that each batch is gone through")
+    minibatches: int = Field(default=1, gt=0, description="optimizer steps of an epoch, each on its share of the batch")
+    replay: Literal["none", "trainer", "sampler"] = Field(
+        default="trainer",
+        description="whose choice of experts is replayed, see epochs.py: of its first pass, the engine's",
+    )
     muon_lr: float = Field(default=0.003, ge=0, description="learning rate of the matrices")
     adam_lr: float = Field(default=3e-4, ge=0, description="learning rate of everything else")
     decay_share: float = Field(

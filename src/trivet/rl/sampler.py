@@ -73,8 +73,9 @@ class Sampler:
         c = self.config
         return [
             Job(task, problem, Sampling(
-                temperature=c.temperature, max_tokens=c.max_tokens, thinking=c.thinking,
-                halt_repeating=c.halt_repeating, seed=stable_hash(c.seed, step, first + p, g),
+                temperature=c.temperature, top_p=c.top_p, top_k=c.top_k, min_p=c.min_p, keep_sets=True,
+                max_tokens=c.max_tokens, thinking=c.thinking, halt_repeating=c.halt_repeating,
+                seed=stable_hash(c.seed, step, first + p, g),
             ))
             for p, (task, problem) in enumerate(draw_problems(self.tasks, c.seed, step, count, first))
             for g in range(c.group)
@@ -86,7 +87,7 @@ class Sampler:
         turns = c.max_turns > 1 and any(task.tools for task, _ in self.tasks)  # a turn goes on from the one before
         return Engine(
             self.model, self.chat, min(c.max_rows, episodes), c.length + 1, torch.device(self.device),
-            prefix_bytes=PREFIX_BYTES if turns else 0,
+            record_experts=c.replay == "sampler", prefix_bytes=PREFIX_BYTES if turns else 0,
         )  # fmt: skip
 
 
