@@ -105,13 +105,15 @@ def check_equal(folder: Path) -> None:
     assert all("kl" in line for line in lines(folder / "straight"))  # the reference was the same model, too
 
 
-@pytest.mark.parametrize("settings", [{}, {"dynamic": 4, "page_every": 3}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"dynamic": 4, "page_every": 3}, {"partial": 0.5, "max_rows": 6}], ids=str)
 def test_killed_runs_end_with_the_same_bits(tmp_path: Path, settings: dict[str, Any]) -> None:
     run(tmp_path, **settings)
     check_equal(tmp_path)
     logged = lines(tmp_path / "straight")
     if "dynamic" in settings:
         assert any(line["rounds"] > 1 for line in logged)
+    if "partial" in settings:
+        assert any("stale/share" in line for line in logged)
     if "page_every" in settings:
         pages = [Journal(tmp_path / name / "rollouts.jsonl").read() for name in ("straight", "killed")]
         assert pages[0] == pages[1] and {line["step"] for line in pages[0]} == {3, 6, 9}

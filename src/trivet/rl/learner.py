@@ -122,6 +122,7 @@ class _Run:
         if state is not None:
             state.apply(model, self.optimizer)
             self.step, self.seconds, self.metrics = state.step, state.extra["seconds"], state.extra["metrics"]
+            self.sampler.load(state.extra["carried"])
         self.saved = self.step
         self.journal.truncate_after(self.step)
         self.rollouts.truncate_after(self.step)
@@ -144,13 +145,12 @@ class _Run:
             values |= self.updates.learn_from(sequences, advantage, self.step)
         self.step += 1
         ended = time.perf_counter()
-        tokens = sum(attempt.tokens for attempt in attempts)
         return values | {
             "trained_share": len(sequences) / len(attempts),
             "seconds": self.seconds + ended - self.began,
             "seconds_generating": generated - began,
             "seconds_training": ended - generated,
-            "tokens_per_second": tokens / (generated - began),
+            "tokens_per_second": batch.tokens / (generated - began),
             "training_tokens_per_second": trained / (ended - generated),
         }
 
@@ -225,7 +225,10 @@ class _Run:
             )
         self.journal.sync()
         self.rollouts.sync()
-        extra = {"seconds": self.seconds + time.perf_counter() - self.began, "metrics": self.metrics}
+        extra = {
+            "seconds": self.seconds + time.perf_counter() - self.began, "metrics": self.metrics,
+            "carried": self.sampler.dump(),
+        }  # fmt: skip
         save_state(self.out / "resume", self.step, self.model, self.optimizer, self.identity, extra)
         self.saved, self.saved_at = self.step, time.perf_counter()
 
