@@ -23,6 +23,9 @@ class RLConfig(Frozen):
     partial: float = Field(
         default=1.0, gt=0, le=1, description="stop a step at this share of its episodes; the others go on in the next"
     )
+    lag: int = Field(
+        default=0, ge=0, le=1, description="1: a process samples each batch while the one before is learnt from"
+    )
     temperature: float = Field(default=1.0, gt=0, description="of sampling, and of the probabilities trained")
     top_p: float = Field(default=1.0, gt=0, le=1, description="draw from the likeliest tokens that reach this share")
     top_k: int = Field(default=0, ge=0, description="draw from so many of the likeliest tokens; 0: from all")
@@ -80,4 +83,6 @@ class RLConfig(Frozen):
     def _one_way_to_sample(self) -> RLConfig:
         if self.partial < 1 and self.dynamic > 1:
             raise ValueError("a step that is cut off has no further rounds: give either `partial` or `dynamic`")
+        if self.partial < 1 and self.lag:
+            raise ValueError("`partial` and `lag` are two ways not to wait for the last answer: give one of them")
         return self

@@ -19,8 +19,9 @@ a task that is solved gives way to the others.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class Batch:
     attempts: list[Attempt]
     tokens: int  # written in this step
     counts: dict[str, Any] = field(default_factory=dict)  # metrics
+    seconds: float = 0.0  # that it took
 
 
 class Sampler:
@@ -61,10 +63,11 @@ class Sampler:
 
     def sample(self, step: int) -> Batch:
         """The batch of a step, by the weights as they are."""
+        began = time.perf_counter()
         self.model.eval()
         batch = self._rounds(step) if self.config.partial == 1 else self._part(step)
         self.model.train()
-        return batch
+        return replace(batch, seconds=time.perf_counter() - began)
 
     def _rounds(self, step: int) -> Batch:
         c = self.config
@@ -124,14 +127,17 @@ class Sampler:
         return zip(these, jobs, model.run(episodes, enough), strict=True)
 
     # --- state --------------------------------------------------------------------------------------
-    def dump(self) -> list[str]:
-        """What the next step depends on besides weights and its number."""
+    def dump(self, step: int) -> list[str]:
+        """What step `step` depends on besides weights and its number."""
         return [s.dump() for s in self.carried]
 
-    def load(self, records: Sequence[str]) -> None:
+    def load(self, step: int, records: Sequence[str]) -> None:
         self.carried = [Started.load(record) for record in records]
         whole = [s for s in self.carried if s.score is not None]
         self._episodes = {s.key: (job, episode) for s, job, episode in self._play(whole)}
+
+    def close(self) -> None:
+        """Nothing is open."""
 
     def _jobs(self, step: int, first: int, count: int) -> list[Job]:
         """The episodes of the problems `first` to `first` + `count` of a step, a group's one after the other."""
