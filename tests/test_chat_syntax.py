@@ -201,7 +201,9 @@ def script(monkeypatch: pytest.MonkeyPatch, *turns: list[int]) -> None:
     """The engine's sampler draws these tokens: a turn is drawn from its first token on in each completion."""
     left = [list(t) for t in turns]
 
-    def drawn(logits: torch.Tensor, settings: Any, index: torch.Tensor, steered: Any) -> tuple[torch.Tensor, ...]:
+    def drawn(
+        logits: torch.Tensor, settings: Any, index: torch.Tensor, steered: Any, sets: Any
+    ) -> tuple[torch.Tensor, ...]:
         if int(index[0]) == 0 and drawn.begun:  # type: ignore[attr-defined]
             left.pop(0)
         drawn.begun = True  # type: ignore[attr-defined]

@@ -42,16 +42,10 @@ LONG_FUNCTIONS: set[str] = set()  # "room/file.py:name", each with a reason
 PROBES_ALLOWED: set[str] = set()  # "file.py:function", each with a reason
 # Installed by extras only, or slow to import: never at the top of a file.
 LAZY = {
-    "matplotlib",
-    "tensorboard",
-    "pydantic_monty",
-    "reasoning_gym",
-    "math_verify",
-    "llguidance",
-    "jsonschema",
-    "pyarrow",
+    "matplotlib", "tensorboard", "pydantic_monty", "reasoning_gym", "math_verify", "llguidance", "jsonschema", "pyarrow",
     "verifiers",
-}
+}  # fmt: skip
+MAKES_IDS = {"encode", "encode_text", "encode_batch", "tokenise", "tokenizer"}
 
 Finding = tuple[int, str]
 
@@ -113,7 +107,18 @@ def short_functions(tree: ast.Module, file: str) -> Iterator[Finding]:
             yield node.lineno, f"{node.name} has {lines} lines, at most {FUNCTION_HARD}"
 
 
-RULES = (no_probing, no_swallowing, no_pickle, no_transformers, lazy_extras, short_functions)
+def no_text_to_ids(tree: ast.Module, file: str) -> Iterator[Finding]:
+    """What is trained on are ids that were seen and sampled: these rooms never make ids from text."""
+    if file.split("/")[0] in ("rl", "agent"):
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Attribute):
+                continue
+            of_chat = node.attr == "render" and ast.unparse(node.value).split(".")[-1] == "chat"
+            if of_chat or node.attr.lstrip("_") in MAKES_IDS:
+                yield node.lineno, f"{ast.unparse(node)} makes ids from text"
+
+
+RULES = (no_probing, no_swallowing, no_pickle, no_transformers, lazy_extras, short_functions, no_text_to_ids)
 BROKEN: list[tuple[Callable[[ast.Module, str], Iterator[Finding]], str]] = [
     (no_probing, "width = getattr(config, 'width', 3)"),
     (no_probing, "def f(x):\n    return x.y if hasattr(x, 'y') else 0"),
@@ -127,6 +132,9 @@ BROKEN: list[tuple[Callable[[ast.Module, str], Iterator[Finding]], str]] = [
     (lazy_extras, "import matplotlib.pyplot as plt"),
     (lazy_extras, "try:\n    from math_verify import parse\nexcept ImportError:\n    parse = None"),
     (short_functions, "def f():\n" + "    x = 1\n" * FUNCTION_HARD),
+    (no_text_to_ids, "ids = chat.encode_text(message.content)"),
+    (no_text_to_ids, "ids = self.chat.render(episode.messages).ids"),
+    (no_text_to_ids, "make = chat.tokenizer"),
 ]
 FINE = [
     "def f(torch, name):\n    return getattr(torch, name)",
@@ -134,6 +142,7 @@ FINE = [
     "try:\n    f()\nexcept BaseException:\n    g()\n    raise",
     "with suppress(FileNotFoundError):\n    f()",
     "def f():\n    import matplotlib",
+    "ids = chat.render(messages).ids",
     "class A:\n    def load(self):\n        return self.torch_load()",
     "def f():\n" + "    x = 1\n" * (FUNCTION_HARD - 1),
 ]
@@ -150,7 +159,7 @@ def test_package_keeps(rule: Callable[[ast.Module, str], Iterator[Finding]]) -> 
 
 @pytest.mark.parametrize(("rule", "source"), BROKEN, ids=lambda x: x.__name__ if callable(x) else "")
 def test_rule_refuses(rule: Callable[[ast.Module, str], Iterator[Finding]], source: str) -> None:
-    assert list(rule(ast.parse(source), "x.py"))
+    assert list(rule(ast.parse(source), "rl/x.py"))
 
 
 @pytest.mark.parametrize("source", FINE)

@@ -312,5 +312,5 @@ def test_a_moe_whose_experts_are_all_chosen_alike_is_a_dense_ffn() -> None:
 
 
 def test_routing_is_a_plain_record() -> None:
-    assert [f.name for f in dataclasses.fields(Routing)] == ["replay", "experts", "loads", "balance"]
+    assert [f.name for f in dataclasses.fields(Routing)] == ["replay", "own", "experts", "loads", "balance"]
     assert FFNS["moe"].kind == "moe" and Routing().balance == 0.0

@@ -16,6 +16,7 @@ from trivet.engine import Engine
 from trivet.messages import Message, Sampling, Score
 from trivet.model import Transformer
 from trivet.rl.config import RLConfig
+from trivet.rl.epochs import Seen
 from trivet.rl.learner import TIMES, _Run, learn
 from trivet.rl.rollout import Job, draw_problems, play
 from trivet.rl.update import pack
@@ -97,28 +98,16 @@ def test_it_learns(tmp_path: Path) -> None:
     assert abs(frozen[-1]["reward"] - frozen[0]["reward"]) < 0.1
 
 
-@pytest.mark.parametrize(
-    "pattern",
-    ["gqa/dense*2", "mla/dense*2", "lightning/dense*2", "delta/dense*2", "gqa/moe mla/moe lightning/moe delta/moe"],
-)
-def test_first_ratio_is_one_and_engine_and_trainer_agree(pattern: str, tmp_path: Path) -> None:
-    last = learn(make(pattern, noise=0.3), CHAT, [(Calls(), 1.0)], config(problems=8), tmp_path)
-    assert last["ratio/max_abs_log"] == 0.0
-    assert 0 < last["mismatch/max_abs_log"] < 1e-4
-    assert 0 <= last["mismatch/kl"] < 1e-7
-    assert last["no_spread"] < 1 and last["grad_norm"] > 0
-
-
 def test_disagreement_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin: an engine that samples at another temperature than it says is found out at once."""
-    from trivet.rl import learner
+    from trivet.rl import sampler
 
     def hot(engine: Engine, jobs: list[Job], turns: int) -> Any:
         from dataclasses import replace
 
         return play(engine, [replace(j, sampling=replace(j.sampling, temperature=1.5)) for j in jobs], turns)
 
-    monkeypatch.setattr(learner, "play", hot)
+    monkeypatch.setattr(sampler, "play", hot)
     with pytest.raises(UserError, match="engine and trainer disagree"):
         learn(make(noise=0.3), CHAT, [(Digits(), 1.0)], config(), tmp_path)
 
@@ -130,7 +119,7 @@ def test_temperature_is_applied_on_both_sides(tmp_path: Path) -> None:
 
 def test_later_updates_move_the_ratio(tmp_path: Path) -> None:
     for objective in ("grpo", "gspo", "cispo"):
-        more = config(updates_per_batch=3, objective=objective, muon_lr=0.01)
+        more = config(epochs=3, objective=objective, muon_lr=0.01)
         last = learn(make("gqa/moe", noise=0.3), CHAT, [(Digits(), 1.0)], more, tmp_path / objective)
         assert last["ratio/max_abs_log"] == 0.0 and last["ratio/last_max_abs_log"] > 1e-3
         assert last["clip_share"] > 0 or objective == "cispo"
@@ -193,12 +182,9 @@ def test_packing_changes_nothing_in_the_update() -> None:
             Path("nowhere"),
             "cpu",
         )
-        parts = pack(rows, lines, length)
-        from trivet.rl.objectives import Totals
-
-        totals = Totals(sum(len(p.sampler) for p in parts), 12)
-        done = run.backward(parts, advantage, totals, first=True)
-        assert done.mismatch[0] < 1e-4
+        batch, seen = run.updates.minibatch(rows, range(12), advantage), Seen()
+        run.updates.backward(batch, seen)
+        assert seen.worst < 1e-4
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     longest = 100

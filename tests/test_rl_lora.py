@@ -69,7 +69,7 @@ def test_the_reference_is_the_start_and_no_copy() -> None:
 
 
 def test_a_stopped_run_ends_with_the_same_bits(tmp_path: Path) -> None:
-    learning = config(steps=5, objective="grpo", updates_per_batch=2, adam_lr=0.01, save_every_seconds=0)
+    learning = config(steps=5, objective="grpo", epochs=2, adam_lr=0.01, save_every_seconds=0)
 
     class Stopped(Exception):
         pass

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from trivet.train import losses
-from trivet.train.losses import head_loss, token_logprobs
+from trivet.train.losses import Sets, head_loss, token_logprobs
 
 Head = Callable[..., tuple[Tensor, Any]]
 
@@ -167,3 +167,55 @@ def test_logits_never_exist_at_once(n: int, monkeypatch: pytest.MonkeyPatch) -> 
     with largest() as seen:  # the twin: the plain form is caught
         full_loss(hidden, weight, targets)[0].backward()
     assert seen.numel == n * 3000
+
+
+# ------------------------------------------------------------------------------- drawn from a part of the vocabulary
+def random_sets(targets: Tensor, v: int) -> tuple[Sets, Tensor]:
+    """Sets of one to ten tokens around each target, as lists and as a mask [N,V]."""
+    g = torch.Generator().manual_seed(4)
+    mask = torch.zeros(len(targets), v, dtype=torch.bool)
+    for n, y in enumerate(targets.tolist()):
+        mask[n, torch.randperm(v, generator=g)[: n % 10]] = True
+        mask[n, y] = True
+    return Sets(mask.nonzero()[:, 1], torch.tensor([0, *mask.sum(1).cumsum(0)])), mask
+
+
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_token_logprobs_over_sets_are_those_of_a_masked_softmax(chunk: int | None) -> None:
+    hidden, weight, targets = (
+        x.double().detach().requires_grad_() if x.is_floating_point() else x for x in inputs(ignored=0.0)
+    )
+    hidden32, weight32 = (x.detach().float().requires_grad_() for x in (hidden, weight))
+    sets, mask = random_sets(targets, len(weight))
+    z = (hidden @ weight.T / 0.7).masked_fill(~mask, float("-inf"))
+    p = z.softmax(-1)
+    want = p.gather(-1, targets[:, None]).squeeze(-1).log(), torch.special.entr(p).sum(-1)
+    got = token_logprobs(hidden32, weight32, targets, 0.7, chunk, sets)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-6)
+    a = torch.linspace(-1, 1, len(targets))
+    inside = torch.where(mask, p, 1.0)  # entr has no finite gradient at 0
+    entropy = -(p * inside.log()).sum(-1)
+    for x, y in zip(gradients(got[0] @ a + got[1] @ a.flip(0), hidden32, weight32),
+                    gradients(want[0] @ a.double() + entropy @ a.flip(0).double(), hidden, weight), strict=True):  # fmt: skip
+        torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=2e-5)
+    whole = token_logprobs(hidden32, weight32, targets, 0.7, chunk)  # the twin: without the sets both are others
+    assert all((x - y).abs().max() > 0.1 for x, y in zip(got, whole, strict=True))
+    assert (got[0][mask.sum(1) == 1] == 0).all() and (got[1][mask.sum(1) == 1] == 0).all()
+
+
+def test_the_gradient_over_sets_is_that_of_finite_differences() -> None:
+    hidden, weight, targets = inputs(6, 3, 12, ignored=0.0)
+    sets, _ = random_sets(targets, 12)
+
+    def value(h: Tensor, w: Tensor) -> Tensor:
+        logp, entropy = token_logprobs(h, w, targets, 0.9, 4, sets)
+        return (logp * torch.arange(6)).sum() + 2 * entropy.sum()
+
+    for x, gradient in zip((hidden, weight), gradients(value(hidden, weight), hidden, weight), strict=True):
+        for at in [(0, 0), (3, 2), (5, 1)]:
+            step = torch.zeros_like(x)
+            step[at] = 1e-2
+            pair = [(hidden + s, weight) if x is hidden else (hidden, weight + s) for s in (step, -step)]
+            difference = (value(*pair[0]) - value(*pair[1])).item() / 2e-2
+            assert gradient[at].item() == pytest.approx(difference, rel=2e-2, abs=2e-3)

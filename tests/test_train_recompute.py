@@ -96,7 +96,7 @@ def test_only_the_stream_between_layers_is_kept() -> None:
 def test_rl_learns_the_same_with_it(tmp_path: Path) -> None:
     def run(recompute: bool, out: str) -> tuple[list[Tensor], dict[str, Any]]:
         model = make("gqa/moe lightning/dense", noise=0.3)  # a later update replays its experts
-        more = config(updates_per_batch=2, muon_lr=0.01, recompute=recompute)
+        more = config(epochs=2, muon_lr=0.01, recompute=recompute)
         last = learn(model, CHAT, [(Digits(), 1.0)], more, tmp_path / out)
         return [p.detach() for p in model.parameters()], {k: v for k, v in last.items() if k not in TIMES}
 

@@ -63,6 +63,7 @@ class Sampling:
     repetition_penalty: logits of tokens seen in prompt or answer are divided by it (multiplied where negative;
     arXiv 1909.05858). presence_penalty, frequency_penalty: subtracted once, and once for each time, from logits of
     tokens in the answer. logit_bias: (token, added) pairs. stop_ids: tokens that end the completion, and stay in it.
+    halt_repeating: end after so many sampled tokens in a row that the model's own distribution each gave more than 0.99.
     thinking: None = unlimited; "off" = the template's non-thinking prompt; N >= 0 = at most N
     reasoning tokens, then the closing message and the end-of-thinking tag are forced. What a person
     typed (/no_think) becomes one of these by Chat.thinking_for.
@@ -72,6 +73,7 @@ class Sampling:
     answer_reserve: tokens kept back from max_tokens so that a thinker can still answer.
     grammar: holds from where the answer starts.
     top_logprobs, prompt_logprobs: what Completion reports of the model's own distribution.
+    keep_sets: report the tokens that each was drawn from, where top_p, top_k or min_p leave some out.
     """
 
     temperature: float = 1.0
@@ -86,6 +88,7 @@ class Sampling:
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
+    halt_repeating: int = 0  # 0: off
     thinking: int | Literal["off"] | None = None
     min_thinking: int = 0
     budget_for: Literal["turn", "conversation"] = "turn"
@@ -93,6 +96,11 @@ class Sampling:
     grammar: Grammar | None = None
     top_logprobs: int = 0
     prompt_logprobs: bool = False
+    keep_sets: bool = False
+
+    @property
+    def truncates(self) -> bool:
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
 
 class StopReason(StrEnum):
@@ -100,6 +108,7 @@ class StopReason(StrEnum):
     TOOL_CALL = "tool_call"  # the model closed a tool call and waits for its result
     STOP_STRING = "stop_string"  # or one of stop_ids
     LENGTH = "length"  # max_tokens, or the cache is full
+    REPETITION = "repetition"  # halt_repeating
     CANCELLED = "cancelled"
     ERROR = "error"
 
@@ -111,10 +120,12 @@ class Completion:
     sampled: False where the engine forced the token (closing message, end-of-thinking tag).
     logprobs: under the distribution sampled from (after grammar, penalties, temperature and truncation); 0 if forced.
     raw_logprobs: under the model's own distribution (T=1, nothing truncated); 0 if forced.
-    experts: per MoE layer, (len(tokens), top_k) expert ids that computed the *input* position that
-        predicted each token; None for a dense model.
+    experts: where recorded, per MoE layer, the expert ids [n-1, top_k] of every input position, prompt and tokens
+        but the last; -1 where the position was not computed for this request but found.
     top_logprobs: where asked for, the likeliest (token, raw logprob) pairs of each token; () if forced.
     prompt_logprobs: where asked for, the raw logprob of every prompt token but the first.
+    sets: where asked for, arrays (ids, offsets): token i was drawn from ids[offsets[i] : offsets[i + 1]], which is
+        empty where it was forced.
     """
 
     text: str
@@ -130,6 +141,7 @@ class Completion:
     error: str | None = None
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
     prompt_logprobs: tuple[float, ...] | None = None
+    sets: tuple[Any, Any] | None = None
 
 
 @dataclass(frozen=True)

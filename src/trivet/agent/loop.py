@@ -117,13 +117,17 @@ class Row:
 
     trained: the model sampled this token (not the prompt, a tool result, or a forced token).
     logprobs: under the distribution sampled from; 0 where not trained.
-    experts: (start, ids a MoE layer) of each completion, as its engine recorded them.
+    experts: Completion.experts of each completion that recorded them.
+    sets: (start, Completion.sets) of each completion that recorded what its tokens were drawn from.
+    stale: whether weights older than those that are to learn from it sampled this token; empty: none.
     """
 
     ids: tuple[int, ...]
     trained: tuple[bool, ...]
     logprobs: tuple[float, ...]
-    experts: tuple[tuple[int, Any], ...] = ()
+    experts: tuple[Any, ...] = ()
+    sets: tuple[tuple[int, Any], ...] = ()
+    stale: tuple[bool, ...] = ()
 
 
 def row(episode: Episode) -> Row:
@@ -132,7 +136,7 @@ def row(episode: Episode) -> Row:
     last = episode.completions[-1]
     ids = (*last.prompt_tokens, *last.tokens)
     trained, logprobs = [False] * len(ids), [0.0] * len(ids)
-    experts = []
+    experts, sets = [], []
     for turn, completion in enumerate(episode.completions):
         start = len(completion.prompt_tokens)
         end = start + len(completion.tokens)
@@ -141,5 +145,7 @@ def row(episode: Episode) -> Row:
         trained[start:end] = completion.sampled
         logprobs[start:end] = completion.logprobs
         if completion.experts is not None:
-            experts.append((start, completion.experts))
-    return Row(ids, tuple(trained), tuple(logprobs), tuple(experts))
+            experts.append(completion.experts)
+        if completion.sets is not None:
+            sets.append((start, completion.sets))
+    return Row(ids, tuple(trained), tuple(logprobs), tuple(experts), tuple(sets))

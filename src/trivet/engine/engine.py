@@ -31,7 +31,7 @@ from trivet.chat import Chat
 from trivet.config import UserError
 from trivet.engine.policy import Full, Policy
 from trivet.engine.prefix import PrefixStats, PrefixStore
-from trivet.engine.request import Limits, Live, Request
+from trivet.engine.request import Limits, Live, Request, Saved
 from trivet.engine.rows import SPAN_STEP, Rows
 from trivet.engine.speculate import Drafter
 from trivet.engine.writing import Writer
@@ -121,6 +121,9 @@ class Engine:
     def add(self, request: Request) -> int:
         """Queue a request. Raises UserError where it asks for what can't be kept."""
         live = Live(self._next_id, request, Limits.of(request, self.chat, self.slots))
+        if request.so_far is not None:
+            live.saved = Saved.of(request, request.so_far, live.limits, self.chat)
+            live.take_sets(request.so_far)
         self.writer.prepare(live)
         self._next_id += 1
         self._waiting.append(live)
@@ -299,6 +302,8 @@ class Engine:
         source = torch.full((len(targets),), row, device=self.device)
         for cache in rows.caches:
             cache.copy_rows(source, torch.tensor(targets, device=self.device))
+        for table in rows.experts:
+            table[targets, :computed] = table[row, :computed]
         rows.computed[targets], rows.follows[targets] = computed, False
         live.followers = []
         self.stats.shared_tokens += computed * len(targets)
@@ -399,11 +404,12 @@ class Engine:
         tokens, sampled, logprobs, raw = (
             tuple(known[name][start:].tolist()) for name in ("tokens", "sampled", "logprobs", "raw_logprobs")
         )
-        experts = [t[start - 1 : -1] for t in known["experts"]] if self.record_experts else None
+        experts = [t[:-1] for t in known["experts"]] if self.record_experts else None
         done = Completion(
             self.chat.decode(tokens), tokens, sampled, logprobs, raw, reason, live.request.prompt,
             int(known["thought"]), bool(known["hit"]), experts, error, live.reported_tops(len(tokens)),
             tuple(live.prompt_logprobs) if live.request.sampling.prompt_logprobs else None,
+            live.reported_sets(len(tokens)),
         )  # fmt: skip
         if row >= 0:
             if reason is StopReason.ERROR:

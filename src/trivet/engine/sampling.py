@@ -28,12 +28,13 @@ class Settings:
 
 
 def sample(
-    logits: Tensor, settings: Settings, index: Tensor, steered: Tensor | None = None
+    logits: Tensor, settings: Settings, index: Tensor, steered: Tensor | None = None, sets: list[Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logits [B,V], index [B] (of the token in its request) -> tokens, logprobs, raw logprobs, [B] each.
 
-    steered: the logits [B,V] to draw from, where penalties, biases or grammars changed them. logprobs are under the distribution that was drawn from (0 for a greedy row, which had no choice),
-    raw ones under the model's own (temperature 1, nothing cut off).
+    steered: the logits [B,V] to draw from, where penalties, biases or grammars changed them. logprobs are under the
+    distribution that was drawn from (0 for a greedy row, which had no choice), raw ones under the model's own
+    (temperature 1, nothing cut off). sets: takes which tokens could be drawn, [B,V] bool, if any row leaves some out.
     """
     raw = logits.float().log_softmax(-1)  # [B,V]
     greedy = settings.temperature == 0
@@ -44,6 +45,8 @@ def sample(
         if bool(cut.any()):
             rows = cut.nonzero().squeeze(-1)
             scaled[rows] = truncate(scaled[rows], settings[rows])
+            if sets is not None:
+                sets.append(scaled > float("-inf"))
         logp = scaled.log_softmax(-1)
     else:
         logp = start

@@ -6,6 +6,8 @@ likeliest tokens) are looked at one by one.
 
 from __future__ import annotations
 
+from math import log
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from torch import Tensor
 from trivet.chat import Chat
 from trivet.config import UserError
 from trivet.engine.grammar import Grammars
-from trivet.engine.request import Live
+from trivet.engine.request import SURE, Live
 from trivet.engine.rows import Rows
 from trivet.engine.sampling import sample
 from trivet.engine.steer import steer, steers
@@ -32,6 +34,7 @@ class Writer:
         self._steered: dict[int, Live] = {}
         self._watched: dict[int, Live] = {}  # whose text says whether they go on
         self._topped: dict[int, Live] = {}
+        self._sets: dict[int, Live] = {}  # who wants to know what its tokens were drawn from
 
     def prepare(self, live: Live) -> None:
         """Note what a new request asks for. Raises UserError for a grammar or a token that there isn't."""
@@ -40,6 +43,11 @@ class Writer:
             wrong = [token for token in ids if not 0 <= token < size]
             if wrong:
                 raise UserError(f"Sampling: {what} names token {wrong[0]}, and the vocabulary has {size}.")
+        if s.keep_sets and (s.temperature == 0 or steers(s)):
+            raise UserError(
+                "Sampling: keep_sets needs a temperature above 0 and no penalties, biases or grammar, which change more "
+                "than the set that is drawn from; leave one of them out."
+            )
         if s.grammar is not None:
             if self._grammars is None:
                 self._grammars = Grammars(self.chat, size)
@@ -48,12 +56,13 @@ class Writer:
             (self._steered, steers(s)),
             (self._watched, bool(s.stop or s.stop_ids) or (live.request.stop_on_tool and self._reads_calls)),
             (self._topped, s.top_logprobs > 0),
+            (self._sets, live.keeps_sets),
         ):
             if wanted:
                 table[live.id] = live
 
     def forget(self, live: Live) -> None:
-        for table in (self._steered, self._watched, self._topped):
+        for table in (self._steered, self._watched, self._topped, self._sets):
             table.pop(live.id, None)
 
     def read_prompts(self, rows: Rows, part: slice, counts: np.ndarray, hidden: Tensor) -> None:
@@ -84,7 +93,8 @@ class Writer:
         known = [r.tokens[live.row, : r.wanted[live.row]] for live in lives]
         steered = steer(logits, lives, [place[v.row] for v in lives], known, self._grammars, thinks) if lives else None
         index = torch.from_numpy(produced).to(logits.device)
-        drawn = sample(logits, r.settings[torch.from_numpy(which).to(logits.device)], index, steered)
+        sets: list[Tensor] | None = [] if self._sets else None
+        drawn = sample(logits, r.settings[torch.from_numpy(which).to(logits.device)], index, steered, sets)
         token, logprob, raw = (t.cpu().numpy() for t in drawn)
         thinking = r.thinking[which]
         stays = thinking & (token != chat.think_close_id) & ~broken
@@ -100,6 +110,8 @@ class Writer:
         for live in self._topped.values():
             if live.row in place and writes[place[live.row]]:
                 self._report(live, int(produced[place[live.row]]), logits[place[live.row]])
+        for could in sets or []:
+            self._keep_sets(r, which, produced, writes, could)
         for live, may in zip(lives, thinks, strict=True):
             at = place[live.row]
             if live.matcher is not None and may > -2 and token[at] != may and writes[at]:
@@ -109,6 +121,7 @@ class Writer:
         r.tokens[rows_w, at_w], r.sampled[rows_w, at_w] = token[writes], True
         r.logprobs[rows_w, at_w], r.raw_logprobs[rows_w, at_w] = logprob[writes], raw[writes]
         r.wanted[rows_w] += 1
+        r.sure[which] = np.where(writes & (raw > log(SURE)), r.sure[which] + 1, 0)
         r.thought[which] += stays & ~cut
         r.thinking[rows_w] = (thinking & ~closes | opens)[writes]
         return failed
@@ -128,6 +141,17 @@ class Writer:
         """Note the likeliest tokens where they were asked for."""
         best = logits.float().log_softmax(-1).topk(live.request.sampling.top_logprobs)
         live.tops[number] = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+    def _keep_sets(
+        self, rows: Rows, which: np.ndarray, produced: np.ndarray, writes: np.ndarray, could: Tensor
+    ) -> None:
+        """Note which tokens could be drawn, could [len(which),V], where that was asked for and one was."""
+        asks = np.array([(live := rows.live[row]) is not None and live.keeps_sets for row in which])
+        at = np.flatnonzero(asks & writes)
+        row, ids = (t.cpu().numpy() for t in could[torch.from_numpy(at).to(could.device)].nonzero(as_tuple=True))
+        parts = np.split(ids.astype(np.int32), np.searchsorted(row, np.arange(1, len(at))))
+        for i, part in zip(at, parts, strict=bool(len(at))):
+            self._sets[rows.live[which[i]].id].sets[int(produced[i])] = part
 
     def _early(
         self,
@@ -178,9 +202,11 @@ class Writer:
             elif live.row in new and live.request.stop_on_tool and chat.closes_call(r.written(live)):
                 reasons[live.row] = StopReason.TOOL_CALL
         ends, called = newest == chat.end_id, (newest == chat.tool_close_id) & r.stops_on_tool[which]
-        for i in np.flatnonzero((produced > 0) & (ends | called | (produced >= r.most[which]))):
-            reason = StopReason.END if ends[i] else StopReason.TOOL_CALL if called[i] else StopReason.LENGTH
-            if reason is not StopReason.LENGTH or int(which[i]) not in reasons:
+        halts = r.sure[which] >= r.most_sure[which]
+        for i in np.flatnonzero((produced > 0) & (ends | called | halts | (produced >= r.most[which]))):
+            last = StopReason.REPETITION if halts[i] else StopReason.LENGTH
+            reason = StopReason.END if ends[i] else StopReason.TOOL_CALL if called[i] else last
+            if reason is not last or int(which[i]) not in reasons:
                 reasons[int(which[i])] = reason
         return list(reasons.items())
 

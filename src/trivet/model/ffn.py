@@ -37,12 +37,15 @@ from trivet.spec import MoE, SwiGLU
 class Routing:
     """What the routers chose in one forward pass; with `replay`, what they must choose.
 
+    replay: as `experts`; -1 where nothing is known and the router chooses.
+    own: with `replay`, what the routers would have chosen everywhere.
     experts: one [B,T,k] tensor of expert ids a MoE layer, in depth order.
     loads: one [E] count of tokens a MoE layer, padding not counted.
     balance: sum of the sequence-wise balance losses (already times alpha), with gradient.
     """
 
     replay: list[Tensor] | None = None
+    own: list[Tensor] = field(default_factory=list)
     experts: list[Tensor] = field(default_factory=list)
     loads: list[Tensor] = field(default_factory=list)
     balance: Tensor | float = 0.0
@@ -55,6 +58,7 @@ class Routing:
 
     def take(self, notes: Routing) -> None:
         """Add what one layer noted apart."""
+        self.own += notes.own
         self.experts += notes.experts
         self.loads += notes.loads
         self.balance = self.balance + notes.balance
@@ -132,10 +136,11 @@ class MoEFFN(Float32Buffers):
             bias = self.bias if s.selection_bias else None
             return fast.route(flat, self.router, bias, s.top_k, s.score == "softmax", s.norm_topk, s.scale)
         scores = self._scores(flat)
+        chosen = self._choose(scores.detach())
         if routing is not None and replay is not None:
-            chosen = replay[len(routing.experts)].flatten(0, 1)
-        else:
-            chosen = self._choose(scores.detach())
+            given = replay[len(routing.experts)]
+            routing.own.append(chosen.view(given.shape))
+            chosen = torch.where(given.flatten(0, 1) < 0, chosen, given.flatten(0, 1))
         gates = scores.gather(1, chosen)
         if s.norm_topk:
             gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)

@@ -17,16 +17,36 @@ class RLConfig(Frozen):
     steps: int = Field(gt=0, description="batches of episodes, each sampled with fresh weights")
     problems: int = Field(default=32, gt=0, description="problems of a batch")
     group: int = Field(default=16, ge=2, description="episodes of each problem")
+    dynamic: int = Field(
+        default=1, gt=0, description="rounds at most: groups whose rewards agree are replaced by new problems (DAPO)"
+    )
+    partial: float = Field(
+        default=1.0, gt=0, le=1, description="stop a step at this share of its episodes; the others go on in the next"
+    )
+    lag: int = Field(
+        default=0, ge=0, le=1, description="1: a process samples each batch while the one before is learnt from"
+    )
     temperature: float = Field(default=1.0, gt=0, description="of sampling, and of the probabilities trained")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="draw from the likeliest tokens that reach this share")
+    top_k: int = Field(default=0, ge=0, description="draw from so many of the likeliest tokens; 0: from all")
+    min_p: float = Field(default=0.0, ge=0, le=1, description="draw from tokens with this share of the best's chance")
     max_tokens: int = Field(default=256, gt=0, description="tokens the model may write in an episode")
     thinking: int | Literal["off"] | None = Field(
         default=None, description="thinking budget in tokens; unset: unlimited; 'off': no thinking"
+    )
+    halt_repeating: int = Field(
+        default=0, ge=0, description="end an answer after so many tokens in a row of probability > 0.99; 0: never"
     )
     max_turns: int = Field(default=8, gt=0, description="completions of an episode, tool calls between them")
     max_rows: int = Field(default=512, gt=0, description="episodes that are generated at the same time")
     objective: str = Field(default="dapo", description="reinforce, rloo, grpo, dr_grpo, dapo, cispo or gspo")
     overrides: dict[str, Any] = Field(default_factory=dict, description="choices of the objective to change")
-    updates_per_batch: int = Field(default=1, gt=0, description="optimizer steps on each batch, all of it")
+    epochs: int = Field(default=1, gt=0, description="times that each batch is gone through")
+    minibatches: int = Field(default=1, gt=0, description="optimizer steps of an epoch, each on its share of the batch")
+    replay: Literal["none", "trainer", "sampler"] = Field(
+        default="trainer",
+        description="whose choice of experts is replayed, see epochs.py: of its first pass, the engine's",
+    )
     muon_lr: float = Field(default=0.003, ge=0, description="learning rate of the matrices")
     adam_lr: float = Field(default=3e-4, ge=0, description="learning rate of everything else")
     decay_share: float = Field(
@@ -45,6 +65,9 @@ class RLConfig(Frozen):
         default=0.02, ge=0, le=1, description="stop when more than this share of a batch could not be graded"
     )
     eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only at the end")
+    page_every: int = Field(
+        default=0, ge=0, description="write every n-th step's episodes, for `trivet rollouts`; 0: none"
+    )
     save_every_seconds: float = Field(default=60.0, ge=0, description="time between saved states")
     tensorboard: bool = Field(default=True, description="write TensorBoard event files too")
 
@@ -54,4 +77,12 @@ class RLConfig(Frozen):
             find_objective(self.objective, self.overrides)
         except UserError as e:
             raise ValueError(str(e).rstrip(".")) from None
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_sample(self) -> RLConfig:
+        if self.partial < 1 and self.dynamic > 1:
+            raise ValueError("a step that is cut off has no further rounds: give either `partial` or `dynamic`")
+        if self.partial < 1 and self.lag:
+            raise ValueError("`partial` and `lag` are two ways not to wait for the last answer: give one of them")
         return self

@@ -9,17 +9,18 @@ A score that is not ok (grader failed, generation failed) is no reward: it is co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 from trivet.agent.loop import Episode, Row, ToolStep, row, run_episode
 from trivet.config import UserError
 from trivet.engine import Engine, EngineModel
-from trivet.messages import Sampling, Score, StopReason
-from trivet.rl.rewards import Case, Reward, add_rewards
+from trivet.messages import ChatModel, Sampling, Score, StopReason
+from trivet.rl.rewards import Case, Reward, add_rewards, rewards_of
 from trivet.tasks import Problem, Task, tools_for
-from trivet.tools import get_tool
+from trivet.tools import Tool, get_tool
 from trivet.train.data import stable_hash
 
 
@@ -36,22 +37,30 @@ class Job:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A job done: what happened, and what it is worth."""
+    """A job done: what happened, and what it is worth. stale: see Row, of the tokens of all its completions."""
 
     job: Job
     episode: Episode
     score: Score
+    stale: tuple[bool, ...] = ()
 
     @property
     def row(self) -> Row:
         """The ids that the model saw and wrote; raises UserError where no single row is what happened."""
         try:
-            return row(self.episode)
+            found = row(self.episode)
         except ValueError as e:
             raise UserError(
                 f"An episode of {self.job.task.name!r} can't be trained on: {e}. The chat template changes "
                 "earlier turns when it renders later ones; use one that only appends."
             ) from None
+        if not any(self.stale):
+            return found
+        stale, left = [False] * len(found.ids), list(self.stale)
+        for completion in self.episode.completions:
+            start, count = len(completion.prompt_tokens), len(completion.tokens)
+            stale[start : start + count], left = left[:count], left[count:]
+        return replace(found, stale=tuple(stale))
 
     @property
     def tokens(self) -> int:
@@ -73,35 +82,51 @@ class Attempt:
 
     @property
     def truncated(self) -> bool:
-        """It ran out of tokens or turns, so it never came to an answer of its own."""
-        return self.episode.stop in (StopReason.LENGTH, "max_turns")
+        """It ran out of tokens or turns or was halted, so it never came to an answer of its own."""
+        return self.repeats or self.episode.stop in (StopReason.LENGTH, "max_turns")
+
+    @property
+    def repeats(self) -> bool:
+        """It was halted because it only repeated itself."""
+        return self.episode.stop is StopReason.REPETITION
 
 
 def play(engine: Engine, jobs: Sequence[Job], max_turns: int) -> list[Attempt]:
     """Run all jobs, in order, over one engine. Deterministic: each job brings its own seed."""
     model = EngineModel(engine, engine.chat)
     built_in = cache(get_tool)
-    episodes = model.run(
-        [
-            run_episode(
-                model, job.problem.messages, tools_for(job.task, job.problem, built_in) if job.tools else [],
-                job.sampling, max_turns,
-            )
-            for job in jobs
-        ]
-    )  # fmt: skip
+    episodes = model.run([begin(model, job, max_turns, built_in) for job in jobs])
     return [Attempt(*done) for done in zip(jobs, episodes, grade_all(jobs, episodes), strict=True)]
 
 
 def grade_all(jobs: Sequence[Job], episodes: Sequence[Episode]) -> list[Score]:
-    """Scores of episodes, in their order. Reward terms see those of equal terms together, as a judge wants them."""
-    scores = [grade(job, episode) for job, episode in zip(jobs, episodes, strict=True)]
+    """Scores of episodes, in their order: their tasks' grades and the terms beside them."""
+    return add_all(jobs, episodes, [grade(job, episode) for job, episode in zip(jobs, episodes, strict=True)])
+
+
+def add_all(jobs: Sequence[Job], episodes: Sequence[Episode], scores: list[Score]) -> list[Score]:
+    """Scores of the tasks with every job's reward terms added; those of equal terms together, as a judge wants them."""
     for rewards in dict.fromkeys(job.rewards for job in jobs if job.rewards):
         places = [i for i, job in enumerate(jobs) if job.rewards == rewards]
         cases = [Case(jobs[i].problem, episodes[i]) for i in places]
         for i, score in zip(places, add_rewards(cases, [scores[i] for i in places], rewards), strict=True):
             scores[i] = score
     return scores
+
+
+def begin(
+    model: ChatModel, job: Job, max_turns: int, built_in: Callable[[str], Tool] = get_tool
+) -> Coroutine[Any, Any, Episode]:
+    """The episode of a job, to be run."""
+    tools = tools_for(job.task, job.problem, built_in) if job.tools else []
+    return run_episode(model, job.problem.messages, tools, job.sampling, max_turns)
+
+
+def rewarded(attempts: Sequence[Attempt], rewards: Sequence[Reward]) -> list[Attempt]:
+    """Attempts that their tasks have graded, with the terms added."""
+    jobs = [replace(a.job, rewards=rewards_of(rewards, a.job.task.name)) for a in attempts]
+    scores = add_all(jobs, [a.episode for a in attempts], [a.score for a in attempts])
+    return [replace(a, job=job, score=score) for a, job, score in zip(attempts, jobs, scores, strict=True)]
 
 
 def grade(job: Job, episode: Episode) -> Score:
@@ -115,8 +140,10 @@ def grade(job: Job, episode: Episode) -> Score:
         return Score(0.0, "error", detail=f"grader of {job.task.name!r}: {type(e).__name__}: {e}")
 
 
-def draw_problems(tasks: Sequence[tuple[Task, float]], seed: int, step: int, count: int) -> list[tuple[Task, Problem]]:
-    """The training problems of a step: a pure function of (seed, step).
+def draw_problems(
+    tasks: Sequence[tuple[Task, float]], seed: int, step: int, count: int, first: int = 0
+) -> list[tuple[Task, Problem]]:
+    """The training problems `first` to `first` + `count` of a step: a pure function of (seed, step, first, count).
 
     Tasks are drawn systematically (one random offset, then even spacing), so that their shares hold
     in every batch and not only on average; problems by hash.
@@ -126,10 +153,10 @@ def draw_problems(tasks: Sequence[tuple[Task, float]], seed: int, step: int, cou
     if not tasks or min(weights) < 0 or total <= 0:
         raise UserError(f"RL needs tasks with weights >= 0, not all 0; got {weights}.")
     bounds = [sum(weights[: i + 1]) / total for i in range(len(tasks))]
-    offset = stable_hash(seed, step) / 2**64
+    offset = stable_hash(seed, step, *([-first] if first else [])) / 2**64
     drawn = []
     for i in range(count):
         point = (i + offset) / count
         task = next((task for (task, w), bound in zip(tasks, bounds, strict=True) if w and point < bound), tasks[-1][0])
-        drawn.append((task, task.problem("train", stable_hash(seed, step, i))))
+        drawn.append((task, task.problem("train", stable_hash(seed, step, first + i))))
     return drawn

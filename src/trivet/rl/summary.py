@@ -9,7 +9,7 @@ from typing import Any
 from trivet.rl.rollout import Attempt
 
 
-def describe(attempts: Sequence[Attempt], group: int) -> dict[str, Any]:
+def describe(attempts: Sequence[Attempt]) -> dict[str, Any]:
     """Metrics of a batch before any update. Rewards are means over the scores that are ok."""
     n = len(attempts)
     ok = [a for a in attempts if a.score.ok]
@@ -26,6 +26,7 @@ def describe(attempts: Sequence[Attempt], group: int) -> dict[str, Any]:
         "calls_tool": sum(a.calls_tool for a in attempts) / n,
         "budget_hit": sum(a.episode.budget_hit for a in attempts) / n,
         "truncated": sum(a.truncated for a in attempts) / n,
+        "repeats": sum(a.repeats for a in attempts) / n,
         "reasoning_tokens": sum(a.episode.reasoning_tokens for a in attempts) / n,
         "answer_tokens": sum(a.tokens - a.episode.reasoning_tokens for a in attempts) / n,
         "not_ok": n - len(ok),

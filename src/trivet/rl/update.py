@@ -2,19 +2,25 @@
 
 First fit decreasing: the longest row first, each into the first line with room. All tokens that the
 model wrote are also listed flat, with the number of their sequence, so the loss never sees padding.
+
+A batch may be dealt to several minibatches, each an optimizer step of its own: longest first, forth and
+back, so that they are of a size. Advantages are known by then, so a group need not stay together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from trivet.agent.loop import Row
 from trivet.config import UserError
 from trivet.train.data import IGNORE, Document, lay_out
+from trivet.train.losses import Sets
 
 
 @dataclass
@@ -27,15 +33,30 @@ class Packed:
     targets: Tensor  # that token
     sequence: Tensor  # the row (of the batch) that it belongs to
     sampler: Tensor  # its log-probability in the engine
+    sets: Sets | None = None  # what it was drawn from, if not from the whole vocabulary
+    experts: list[Tensor] | None = None  # to be replayed, [B,T,k] a MoE layer; -1: not known
+    stale: Tensor | None = None  # which of them older weights sampled; None: none
     old: Tensor | None = None  # in the trainer, before the batch's first update
     reference: Tensor | None = None  # in the starting model
-    experts: list[Tensor] | None = None  # that the first update's forward chose, [B,T,k] a layer
 
     def to(self, device: torch.device | str) -> Packed:
         return Packed(
             self.tokens.to(device), self.positions.to(device), self.wanted.to(device), self.targets.to(device),
-            self.sequence.to(device), self.sampler.to(device),
+            self.sequence.to(device), self.sampler.to(device), self.sets and self.sets.to(device),
+            self.experts and [layer.to(device) for layer in self.experts],
+            None if self.stale is None else self.stale.to(device),
         )  # fmt: skip
+
+
+def deal(rows: Sequence[Row], minibatches: int) -> list[list[int]]:
+    """Every row's number once, in at most so many lists. The same rows are always dealt alike."""
+    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i))
+    count = min(minibatches, len(rows))
+    dealt: list[list[int]] = [[] for _ in range(count)]
+    for turn, i in enumerate(order):
+        around, place = divmod(turn, count)
+        dealt[count - 1 - place if around % 2 else place].append(i)
+    return dealt
 
 
 def pack(rows: Sequence[Row], lines: int, length: int) -> list[Packed]:
@@ -43,16 +64,16 @@ def pack(rows: Sequence[Row], lines: int, length: int) -> list[Packed]:
 
     A row ends with its last trained token: what follows (a tool result that nobody read) has no loss.
     """
-    rows = [_trim(row) for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i))
-    if rows and len(rows[order[0]].ids) > length + 1:
+    ends = [_end(row) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: (-ends[i], i))
+    if rows and ends[order[0]] > length + 1:
         raise UserError(
-            f"An episode has {len(rows[order[0]].ids)} tokens, more than a row takes ({length + 1}): raise rl.length."
+            f"An episode has {ends[order[0]]} tokens, more than a row takes ({length + 1}): raise rl.length."
         )
     filled: list[list[int]] = []
     room: list[int] = []
     for i in order:
-        need = len(rows[i].ids) - 1  # the last token is only ever a target
+        need = ends[i] - 1  # the last token is only ever a target
         line = next((k for k, free in enumerate(room) if free >= need), None)
         if line is None:
             line = len(filled)
@@ -61,18 +82,20 @@ def pack(rows: Sequence[Row], lines: int, length: int) -> list[Packed]:
         filled[line].append(i)
         room[line] -= need
     starts = range(0, len(filled), lines)
-    return [_microbatch(rows, filled[s : s + lines], length - min(room[s : s + lines])) for s in starts]
+    return [_microbatch(rows, ends, filled[s : s + lines], length - min(room[s : s + lines])) for s in starts]
 
 
-def _trim(row: Row) -> Row:
+def _end(row: Row) -> int:
     end = max((i + 1 for i, trained in enumerate(row.trained) if trained), default=0)
     if end == 0:
         raise ValueError("a row without a trained token has no place in an update")
-    return Row(row.ids[:end], row.trained[:end], row.logprobs[:end])
+    return end
 
 
-def _microbatch(rows: Sequence[Row], lines: Sequence[Sequence[int]], length: int) -> Packed:
-    documents = [[Document(list(rows[i].ids), list(rows[i].trained)) for i in line] for line in lines]
+def _microbatch(rows: Sequence[Row], ends: Sequence[int], lines: Sequence[Sequence[int]], length: int) -> Packed:
+    documents = [
+        [Document(list(rows[i].ids[: ends[i]]), list(rows[i].trained[: ends[i]])) for i in line] for line in lines
+    ]
     batch = lay_out(documents, length)
     sequence: list[int] = []
     sampler: list[float] = []
@@ -83,5 +106,49 @@ def _microbatch(rows: Sequence[Row], lines: Sequence[Sequence[int]], length: int
             sequence += [i] * len(logprobs)
     wanted = batch.targets != IGNORE
     return Packed(
-        batch.tokens, batch.positions, wanted, batch.targets[wanted], torch.tensor(sequence), torch.tensor(sampler)
-    )
+        batch.tokens, batch.positions, wanted, batch.targets[wanted], torch.tensor(sequence), torch.tensor(sampler),
+        _sets([rows[i] for line in lines for i in line]), _experts(rows, ends, lines, length),
+        _stale([rows[i] for line in lines for i in line]),
+    )  # fmt: skip
+
+
+def _sets(rows: Sequence[Row]) -> Sets | None:
+    """What the trained tokens were drawn from, in their order; None where no row recorded it."""
+    if not any(row.sets for row in rows):
+        return None
+    drawn: list[np.ndarray] = []
+    for row in rows:
+        found = {start + i: ids[a:b] for start, (ids, ends) in row.sets for i, (a, b) in enumerate(pairwise(ends))}
+        drawn += [found[at] for at, trained in enumerate(row.trained) if trained]
+    offsets = np.cumsum([0, *map(len, drawn)])
+    return Sets(torch.from_numpy(np.concatenate(drawn)), torch.from_numpy(offsets))
+
+
+def _stale(rows: Sequence[Row]) -> Tensor | None:
+    """Which trained tokens older weights sampled, in their order."""
+    if not any(row.stale for row in rows):
+        return None
+    marks = [zip(row.stale or (False,) * len(row.ids), row.trained, strict=True) for row in rows]
+    return torch.tensor([stale for row in marks for stale, trained in row if trained])
+
+
+def _experts(
+    rows: Sequence[Row], ends: Sequence[int], lines: Sequence[Sequence[int]], length: int
+) -> list[Tensor] | None:
+    """[B,T,k] a MoE layer, the experts that the engine recorded, -1 elsewhere; None where no row has any.
+
+    A position that several completions of an episode computed has those of the first, which sampled after it.
+    """
+    recorded = [layers for line in lines for i in line for layers in rows[i].experts]
+    if not recorded:
+        return None
+    whole = [np.full((len(lines), length, layer.shape[-1]), -1) for layer in recorded[0]]
+    for b, line in enumerate(lines):
+        first = 0
+        for i in line:
+            for table, *found in zip(whole, *rows[i].experts, strict=True):
+                for known in found:
+                    place = table[b, first : first + min(len(known), ends[i] - 1)]
+                    place[:] = np.where(place < 0, known[: len(place)], place)
+            first += ends[i] - 1
+    return [torch.from_numpy(table) for table in whole]

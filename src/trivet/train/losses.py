@@ -13,6 +13,9 @@ second time; with p = softmax(z/T) and entropy H = -sum p log p it is
 
     d log p[y] / dz = (onehot(y) - p) / T,     dH / dz = -p (log p + H) / T.
 
+Where tokens were drawn from a part S of the vocabulary (top-p and the like), it is given S, and softmax, entropy
+and gradient are over S: z = NEVER, so p = 0, elsewhere.
+
 A small vocabulary is one chunk and costs nothing extra. Softmax is in fp32. Left out: z-loss, label
 smoothing, second derivatives.
 """
@@ -20,6 +23,7 @@ smoothing, second derivatives.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +34,26 @@ from trivet.model.layers import as_autocast
 from trivet.train.data import IGNORE
 
 CHUNK = 2**22  # numbers in one chunk of logits: 16 MB in fp32
+NEVER = -1e30  # the logit of what can't be drawn: its p is 0, and so, unlike with -inf, is p log p
+
+
+@dataclass(frozen=True)
+class Sets:
+    """What each of N tokens was drawn from: token n from ids[offsets[n] : offsets[n + 1]]."""
+
+    ids: Tensor  # [M]
+    offsets: Tensor  # [N+1]
+
+    def to(self, device: torch.device | str) -> Sets:
+        return Sets(self.ids.to(device), self.offsets.to(device))
+
+    def outside(self, part: slice, vocab: int) -> Tensor:
+        """[n,V] True where a token of `part` could not be drawn."""
+        bounds = self.offsets[part.start : part.stop + 1]
+        rows = torch.repeat_interleave(bounds.diff())  # [m]
+        outside = torch.ones(len(bounds) - 1, vocab, dtype=torch.bool, device=self.ids.device)
+        outside[rows, self.ids[bounds[0] : bounds[-1]].long()] = False
+        return outside
 
 
 def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None) -> tuple[Tensor, int]:
@@ -46,12 +70,28 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None
 
 
 def token_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+    sets: Sets | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """log p(target) and the entropy of each token's distribution at `temperature`: [N], [N] in fp32."""
+    """log p(target) and the entropy of each token's distribution at `temperature`: [N], [N] in fp32.
+
+    sets: what the tokens could be drawn from, if not from the whole vocabulary; a target outside of it gets NEVER.
+    """
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
-    return _TokenLogprobs.apply(*as_autocast(hidden, weight), targets, temperature, chunk)
+    return _TokenLogprobs.apply(*as_autocast(hidden, weight), targets, temperature, chunk, sets)
+
+
+def _log_softmax(h: Tensor, weight: Tensor, temperature: float, sets: Sets | None, part: slice) -> Tensor:
+    """log p [n,V] of the tokens in `part`, h [n,D]."""
+    z = (h @ weight.T).float() / temperature
+    if sets is not None:
+        z = z.masked_fill_(sets.outside(part, len(weight)), NEVER)
+    return z.log_softmax(-1)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -87,27 +127,29 @@ class _HeadLoss(torch.autograd.Function):
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int | None
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int | None,
+        sets: Sets | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(logprobs)
         for part in _chunks(len(targets), weight, chunk):
-            logp = ((hidden[part] @ weight.T).float() / temperature).log_softmax(-1)  # [n, V]
+            logp = _log_softmax(hidden[part], weight, temperature, sets, part)
             logprobs[part] = logp.gather(-1, targets[part, None]).squeeze(-1)
             entropy[part] = -(logp.exp() * logp).sum(-1)
+            del logp  # or the next chunk is made beside this one
         ctx.save_for_backward(hidden, weight, targets, entropy)
-        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.temperature, ctx.chunk, ctx.sets = temperature, chunk, sets
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_logprobs: Tensor, d_entropy: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, d_logprobs: Tensor, d_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, entropy = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=torch.float32)
         for part in _chunks(len(targets), weight, ctx.chunk):
             h, y = hidden[part], targets[part, None]
-            logp = ((h @ weight.T).float() / ctx.temperature).log_softmax(-1)  # [n, V]
+            logp = _log_softmax(h, weight, ctx.temperature, ctx.sets, part)
             p = logp.exp()
             a, b, mean = d_logprobs[part, None], d_entropy[part, None], entropy[part, None]
             dz = p * -(a + b * (logp + mean))
@@ -116,7 +158,7 @@ class _TokenLogprobs(torch.autograd.Function):
             d_hidden[part] = dz @ weight
             d_weight += dz.T @ h
             del logp, p, dz
-        return d_hidden, d_weight.to(weight.dtype), None, None, None
+        return d_hidden, d_weight.to(weight.dtype), None, None, None, None
 
 
 def _chunks(rows: int, weight: Tensor, chunk: int | None) -> Iterator[slice]:

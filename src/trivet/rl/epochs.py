@@ -1,0 +1,217 @@
+"""The optimizer steps on one batch of episodes.
+
+    for each epoch, for each minibatch:   one step on the objective of  r = pi / pi_old
+
+Which ratio is which. Two forward passes give log-probabilities of a sampled token: the engine's, token
+by token with a cache, and the trainer's, over packed rows. They are the same module and the same
+weights, but sum in another order, so they differ by rounding. The objective's importance ratio is
+about *weights*: its denominator pi_old is the trainer's own forward at the weights that sampled. Of the first
+minibatch that is the forward of its own first update (where the ratio is then exactly 1; anything else is a bug
+and stops the run), so a single update on a whole batch costs no further pass; of the others it is a pass
+without gradient before the first update. The difference between engine and trainer is *not* a ratio to be
+corrected away: it is measured apart (`mismatch/*`, k3 estimate of KL(engine || trainer)), and a run
+stops when it exceeds what rounding explains, because then one of the two is wrong.
+
+Tokens of an episode that older weights sampled (`Row.stale`, see carry.py) have no such pass: the weights are gone. Their
+denominator is the engine's log-probability, so that the objective's clip bounds how far off-policy they count, and
+`stale/*` says how far the policy has moved from what sampled them. They count in none of the measures of fresh ones.
+
+Where the sampler left tokens out (top_p, top_k, min_p), both probabilities, and the reference's, are over what
+it left, token by token as it recorded it ("keep sampling mask", DeepSeek-V3.2, arXiv 2512.02556). With the whole
+vocabulary in the denominator every ratio would be wrong by the mass that was cut.
+
+With experts, a flipped choice is a change of the ratio that no weight explains. So choices are replayed, while the
+gates, and their gradients, are the live router's: `trainer` replays from the second pass on what the first one
+chose ("routing replay", GSPO, 2507.18071), `sampler` replays what the engine chose from the first pass on (R3,
+2510.11370), for tokens that it computed for the episode itself; the others (found in its prefix store) are routed
+anew. `routing/agreement` is the share of its choices that the trainer's router shares.
+
+Left out: shuffling between epochs (minibatches are the same in each, so what was recorded stays with its rows).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trivet.agent.loop import Row
+from trivet.config import UserError
+from trivet.model import Routing, Transformer
+from trivet.rl.config import RLConfig
+from trivet.rl.objectives import Objective, Totals, policy_loss
+from trivet.rl.reference import Reference
+from trivet.rl.update import Packed, deal, pack
+from trivet.train.losses import token_logprobs
+from trivet.train.optim import Optimizer, clip, schedule
+
+
+@dataclass
+class Minibatch:
+    """What one optimizer step learns from. parts count its sequences from 0, as advantage [S] does."""
+
+    parts: list[Packed]
+    advantage: Tensor
+    totals: Totals
+
+
+@dataclass
+class Seen:
+    """What the forward passes at the weights that sampled showed: of all of the batch, once they are through."""
+
+    tokens: int = 0
+    worst: float = 0.0  # largest |log pi_trainer - log pi_engine|
+    k3: float = 0.0
+    stale_tokens: int = 0
+    stale_k3: float = 0.0  # KL(what sampled them || the policy of now)
+    shared: int = 0  # choices of experts that engine and trainer share
+    choices: int = 0
+
+    def add(self, part: Packed, logp: Tensor, routing: Routing) -> None:
+        away = (logp - part.sampler).double()  # k3 of a rounding error is far below fp32
+        if part.stale is not None:
+            moved, away = away[part.stale], away[~part.stale]
+            self.stale_tokens += len(moved)
+            self.stale_k3 += (moved.expm1() - moved).sum().item()
+        self.tokens += len(away)
+        self.worst = max(self.worst, away.abs().amax().item() if len(away) else 0.0)
+        self.k3 += (away.expm1() - away).sum().item()
+        for given, own in zip(routing.replay or [], routing.own, strict=True):
+            known = given[given[..., 0] >= 0], own[given[..., 0] >= 0]  # [n,k] each
+            self.shared += int((known[0].unsqueeze(-1) == known[1].unsqueeze(-2)).any(-1).sum())
+            self.choices += known[0].numel()
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        values = {"mismatch/max_abs_log": self.worst, "mismatch/kl": self.k3 / max(self.tokens, 1)}
+        if self.stale_tokens:
+            values |= {
+                "stale/share": self.stale_tokens / (self.tokens + self.stale_tokens),
+                "stale/kl": self.stale_k3 / self.stale_tokens,
+            }
+        return values | ({"routing/agreement": self.shared / self.choices} if self.choices else {})
+
+
+@dataclass
+class Sums:
+    """What one optimizer step adds up to over its microbatches."""
+
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    loads: list[Tensor] = field(default_factory=list)
+
+    def add(self, metrics: dict[str, Tensor], loads: Sequence[Tensor]) -> None:
+        for key, value in metrics.items():
+            old = self.metrics.get(key, torch.zeros_like(value))
+            self.metrics[key] = torch.maximum(old, value) if key == "ratio_max_abs_log" else old + value
+        self.loads = [a + b for a, b in zip(self.loads, loads, strict=True)] if self.loads else list(loads)
+
+
+class Updates:
+    """Learns from batches. To be made before a stored state is applied: see Reference."""
+
+    def __init__(
+        self, model: Transformer, objective: Objective, optimizer: Optimizer, config: RLConfig,
+        device: torch.device | str,
+    ):  # fmt: skip
+        self.model, self.objective, self.optimizer, self.config = model, objective, optimizer, config
+        self.device = torch.device(device)
+        self.reference = Reference(model) if objective.kl > 0 else None
+
+    def learn_from(self, rows: Sequence[Row], advantage: Tensor, step: int) -> dict[str, Any]:
+        """All optimizer steps on a batch. Metrics are means over the first epoch's, the last ratio and clip share.
+
+        Raises UserError where a number is not finite, or engine and trainer disagree.
+        """
+        c, seen = self.config, Seen()
+        batches = [self.minibatch(rows, which, advantage) for which in deal(rows, c.minibatches)]
+        for batch in batches[1:]:
+            self.look(batch, seen)
+        firsts: list[dict[str, float]] = []
+        values: dict[str, Any] = {}
+        for update in range(c.epochs * len(batches)):
+            done = self.backward(batches[update % len(batches)], seen)
+            norm = clip(self.optimizer.parameters(), c.clip).item()
+            result = {key: value.item() for key, value in done.metrics.items()} | {"grad_norm": norm}
+            if not all(math.isfinite(v) for v in (*result.values(), *seen.metrics.values())):
+                raise UserError(
+                    f"RL broke at step {step}: {result | seen.metrics}. Lower muon_lr or adam_lr; what was saved last is from before."
+                )
+            ratio = result.pop("ratio_max_abs_log")
+            if update == 0:
+                self.check_first(ratio, seen.metrics["mismatch/kl"], step)
+                values = {"ratio/max_abs_log": ratio, **seen.metrics}
+            if update < len(batches):
+                firsts.append(result)
+            self.optimizer.step(schedule(step, c.steps, decay_share=c.decay_share))
+            self.optimizer.zero_grad()
+            if done.loads:
+                values["expert_load"] = max((load.max() / load.mean()).item() for load in done.loads)
+        values |= {key: sum(result[key] for result in firsts) / len(firsts) for key in firsts[0]}
+        if update:
+            values |= {"updates": update + 1, "clip_share": result["clip_share"], "ratio/last_max_abs_log": ratio}
+        return values
+
+    def minibatch(self, rows: Sequence[Row], which: Sequence[int], advantage: Tensor) -> Minibatch:
+        c = self.config
+        parts = [part.to(self.device) for part in pack([rows[i] for i in which], c.rows, c.length)]
+        totals = Totals(sum(len(part.sampler) for part in parts), len(which))
+        return Minibatch(parts, advantage[list(which)].to(self.device), totals)
+
+    @torch.no_grad()
+    def look(self, batch: Minibatch, seen: Seen) -> None:
+        """Take the denominators of a minibatch's ratios while the weights are those that sampled."""
+        for part in batch.parts:
+            routing = Routing(replay=part.experts)
+            self.note(part, self.logprobs(self.model, part, routing)[0], routing, seen)
+
+    def note(self, part: Packed, logp: Tensor, routing: Routing, seen: Seen) -> None:
+        """Keep what the first forward pass over a part gave, for later updates."""
+        part.old = logp if part.stale is None else torch.where(part.stale, part.sampler, logp)
+        seen.add(part, logp, routing)
+        if self.config.replay == "trainer":
+            part.experts = routing.experts or None
+        if self.reference is not None:
+            with torch.no_grad():
+                part.reference = self.logprobs(self.reference, part, Routing())[0]
+
+    def backward(self, batch: Minibatch, seen: Seen) -> Sums:
+        """Add the gradient of a whole minibatch, microbatch by microbatch."""
+        done = Sums()
+        for part in batch.parts:
+            routing = Routing(replay=part.experts)
+            logp, entropy = self.logprobs(self.model, part, routing)
+            if part.old is None:
+                self.note(part, logp.detach(), routing, seen)
+            assert part.old is not None
+            loss, metrics = policy_loss(
+                self.objective, logp, part.old, batch.advantage, part.sequence,
+                torch.ones_like(part.sequence, dtype=torch.bool),
+                logp_ref=part.reference, entropy=entropy, totals=batch.totals,
+            )  # fmt: skip
+            loss.backward()
+            if part.stale is not None:
+                fresh = (logp.detach() - part.old)[~part.stale].abs()
+                metrics["ratio_max_abs_log"] = fresh.amax() if len(fresh) else fresh.new_zeros(())
+            done.add(metrics | {"loss": loss.detach()}, routing.loads)
+        return done
+
+    def logprobs(self, model: Transformer | Reference, part: Packed, routing: Routing) -> tuple[Tensor, Tensor]:
+        """log p and entropy [N] of the tokens that the model wrote, under the distribution they were drawn from."""
+        hidden = model(part.tokens, part.positions, routing=routing, recompute=self.config.recompute)  # [B,T,D]
+        return token_logprobs(
+            hidden[part.wanted], model.head_weight, part.targets, self.config.temperature, sets=part.sets
+        )
+
+    def check_first(self, ratio: float, mismatch: float, step: int) -> None:
+        if ratio != 0:
+            raise RuntimeError(f"step {step}: the ratio of the first update is not 1 (|log| = {ratio}): a bug")
+        if mismatch > self.config.mismatch_limit:
+            raise UserError(
+                f"RL stopped at step {step}: engine and trainer disagree, KL = {mismatch:.2e} a token, more "
+                f"than mismatch_limit = {self.config.mismatch_limit:g}. One of the two forward passes is wrong; "
+                "if the model runs in a low precision, try fp32 or raise the limit."
+            )
