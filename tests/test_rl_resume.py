@@ -105,12 +105,16 @@ def check_equal(folder: Path) -> None:
     assert all("kl" in line for line in lines(folder / "straight"))  # the reference was the same model, too
 
 
-@pytest.mark.parametrize("settings", [{}, {"dynamic": 4}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"dynamic": 4, "page_every": 3}], ids=str)
 def test_killed_runs_end_with_the_same_bits(tmp_path: Path, settings: dict[str, Any]) -> None:
     run(tmp_path, **settings)
     check_equal(tmp_path)
     logged = lines(tmp_path / "straight")
-    assert "dynamic" not in settings or any(line["rounds"] > 1 for line in logged)
+    if "dynamic" in settings:
+        assert any(line["rounds"] > 1 for line in logged)
+    if "page_every" in settings:
+        pages = [Journal(tmp_path / name / "rollouts.jsonl").read() for name in ("straight", "killed")]
+        assert pages[0] == pages[1] and {line["step"] for line in pages[0]} == {3, 6, 9}
 
 
 def test_a_forgotten_step_is_noticed(tmp_path: Path) -> None:

@@ -108,6 +108,20 @@ def rl(config: ConfigFile, overrides: Overrides = None, out: Out = Path("runs/rl
     _one_stage(config, RLStage, overrides, out, device)
 
 
+@app.command()
+def rollouts(
+    run: Annotated[Path, typer.Argument(help="A directory that RL wrote with rl.page_every.", show_default=False)],
+    last: Annotated[int, typer.Option("--last", min=1, help="Recorded steps to show, counted from the end.")] = 5,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Page to write. Default: rollouts.html in RUN.")
+    ] = None,
+) -> None:
+    """Episodes of RL as one page to read: tokens coloured by advantage, ratio, entropy or logprob."""
+    from trivet.rl.page import write_page
+
+    print(write_page(run, last, out))
+
+
 @app.command("eval")
 def evaluate(
     model: ModelDir,

@@ -63,6 +63,7 @@ class Sampling:
     repetition_penalty: logits of tokens seen in prompt or answer are divided by it (multiplied where negative;
     arXiv 1909.05858). presence_penalty, frequency_penalty: subtracted once, and once for each time, from logits of
     tokens in the answer. logit_bias: (token, added) pairs. stop_ids: tokens that end the completion, and stay in it.
+    halt_repeating: end after so many sampled tokens in a row that the model's own distribution each gave more than 0.99.
     thinking: None = unlimited; "off" = the template's non-thinking prompt; N >= 0 = at most N
     reasoning tokens, then the closing message and the end-of-thinking tag are forced. What a person
     typed (/no_think) becomes one of these by Chat.thinking_for.
@@ -87,6 +88,7 @@ class Sampling:
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
+    halt_repeating: int = 0  # 0: off
     thinking: int | Literal["off"] | None = None
     min_thinking: int = 0
     budget_for: Literal["turn", "conversation"] = "turn"
@@ -106,6 +108,7 @@ class StopReason(StrEnum):
     TOOL_CALL = "tool_call"  # the model closed a tool call and waits for its result
     STOP_STRING = "stop_string"  # or one of stop_ids
     LENGTH = "length"  # max_tokens, or the cache is full
+    REPETITION = "repetition"  # halt_repeating
     CANCELLED = "cancelled"
     ERROR = "error"
 

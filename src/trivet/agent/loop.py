@@ -119,6 +119,7 @@ class Row:
     logprobs: under the distribution sampled from; 0 where not trained.
     experts: Completion.experts of each completion that recorded them.
     sets: (start, Completion.sets) of each completion that recorded what its tokens were drawn from.
+    stale: whether weights older than those that are to learn from it sampled this token; empty: none.
     """
 
     ids: tuple[int, ...]
@@ -126,6 +127,7 @@ class Row:
     logprobs: tuple[float, ...]
     experts: tuple[Any, ...] = ()
     sets: tuple[tuple[int, Any], ...] = ()
+    stale: tuple[bool, ...] = ()
 
 
 def row(episode: Episode) -> Row:

@@ -8,7 +8,7 @@ them the results, are the same every time.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -28,8 +28,15 @@ class EngineModel:
         self._futures: dict[int, asyncio.Future[Completion]] = {}
         self._driven = False
 
-    async def complete(self, messages: Sequence[Message], tools: Sequence[ToolSpec], sampling: Sampling) -> Message:
-        request = self.request(messages, tools, sampling)
+    async def complete(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[ToolSpec],
+        sampling: Sampling,
+        so_far: Completion | None = None,
+    ) -> Message:
+        """so_far: the answer's beginning, where it was written before (`Request`)."""
+        request = replace(self.request(messages, tools, sampling), so_far=so_far)
         id = self._add(request, messages)
         if id is None:
             return self.message(request, _out_of_room(request), tools)
@@ -58,11 +65,17 @@ class EngineModel:
         assert completion is not None
         yield Event("done", message=self.message(request, completion, tools))
 
-    def run(self, coroutines: Sequence[Coroutine[Any, Any, R]]) -> list[R]:
-        """Results of coroutines that all talk to this model, in their order."""
-        return asyncio.run(self._drive(coroutines))
+    def run(self, coroutines: Sequence[Coroutine[Any, Any, R]], enough: Callable[[list[bool]], bool] = all) -> list[R]:
+        """Results of coroutines that all talk to this model, in their order.
 
-    async def _drive(self, coroutines: Sequence[Coroutine[Any, Any, R]]) -> list[R]:
+        enough: told which are done, whether to stop. The others then get what was written so far, as CANCELLED, and
+        are to end with it.
+        """
+        return asyncio.run(self._drive(coroutines, enough))
+
+    async def _drive(
+        self, coroutines: Sequence[Coroutine[Any, Any, R]], enough: Callable[[list[bool]], bool]
+    ) -> list[R]:
         tasks = [asyncio.ensure_future(c) for c in coroutines]
         self._driven = True
         try:
@@ -73,6 +86,8 @@ class EngineModel:
                 if len(self._futures) < sum(not task.done() for task in tasks):
                     await asyncio.sleep(0)  # some can go on by themselves
                 else:
+                    if enough([task.done() for task in tasks]):
+                        self.engine.cancel_all()
                     self._advance()
                     await asyncio.sleep(0)
             return [task.result() for task in tasks]

@@ -31,7 +31,7 @@ from trivet.chat import Chat
 from trivet.config import UserError
 from trivet.engine.policy import Full, Policy
 from trivet.engine.prefix import PrefixStats, PrefixStore
-from trivet.engine.request import Limits, Live, Request
+from trivet.engine.request import Limits, Live, Request, Saved
 from trivet.engine.rows import SPAN_STEP, Rows
 from trivet.engine.speculate import Drafter
 from trivet.engine.writing import Writer
@@ -121,6 +121,9 @@ class Engine:
     def add(self, request: Request) -> int:
         """Queue a request. Raises UserError where it asks for what can't be kept."""
         live = Live(self._next_id, request, Limits.of(request, self.chat, self.slots))
+        if request.so_far is not None:
+            live.saved = Saved.of(request, request.so_far, live.limits, self.chat)
+            live.take_sets(request.so_far)
         self.writer.prepare(live)
         self._next_id += 1
         self._waiting.append(live)

@@ -15,17 +15,19 @@ exactly N tokens was not cut. No torch here.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import isfinite
+from itertools import pairwise
+from math import isfinite, log
 from typing import Any, Literal
 
 import numpy as np
 
 from trivet.chat import Chat
 from trivet.config import UserError
-from trivet.messages import Sampling
+from trivet.messages import Completion, Sampling
 
 UNLIMITED = 2**31
 MOST_TOPS = 100  # likeliest tokens that are reported
+SURE = 0.99  # a token of a larger probability counts for halt_repeating
 NO_IDS = np.zeros(0, np.int32)
 
 
@@ -39,12 +41,15 @@ class Request:
 
     reasoning_used: reasoning tokens that earlier completions of the same turn spent.
     stop_on_tool: end the completion when it closes a tool call (a tool is offered).
+    so_far: what was written of it before, perhaps by other weights. It is computed anew and gone on with: token i is
+    drawn as it would have been, and the completion holds both parts.
     """
 
     prompt: tuple[int, ...]
     sampling: Sampling
     reasoning_used: int = 0
     stop_on_tool: bool = False
+    so_far: Completion | None = None
 
 
 @dataclass
@@ -73,6 +78,7 @@ class Limits:
             ("presence_penalty", s.presence_penalty, isfinite(s.presence_penalty)),
             ("frequency_penalty", s.frequency_penalty, isfinite(s.frequency_penalty)),
             ("top_logprobs", s.top_logprobs, 0 <= s.top_logprobs <= MOST_TOPS),
+            ("halt_repeating", s.halt_repeating, s.halt_repeating >= 0),
             ("min_thinking", s.min_thinking, s.min_thinking >= 0),
             ("max_tokens", s.max_tokens, s.max_tokens >= 1),
             ("answer_reserve", s.answer_reserve, s.answer_reserve >= 0),
@@ -90,6 +96,11 @@ class Limits:
             raise UserError(
                 f"thinking = {s.thinking!r} can't be kept: this model's vocabulary has no thinking tags, so nothing tells "
                 "thought from answer. Leave the budget (and --no-think) out."
+            )
+        if request.so_far is not None and (s.grammar or s.min_thinking or s.top_logprobs or s.prompt_logprobs):
+            raise UserError(
+                "so_far keeps tokens and log-probabilities only: leave out grammar, min_thinking, top_logprobs and "
+                "prompt_logprobs."
             )
         if not request.prompt:
             raise UserError("A request needs at least one prompt token.")
@@ -117,10 +128,29 @@ def budget_of(thinking: int | Literal["off"] | None, used: int) -> int:
 
 @dataclass
 class Saved:
-    """A request that was taken out of the batch: all that its row held, but for the cache, by name."""
+    """What a row is to start with, by name: all that it held but for the cache, where it was taken out of the batch."""
 
     known: dict[str, Any]
     settings: list[Any]
+
+    @classmethod
+    def of(cls, request: Request, so_far: Completion, limits: Limits, chat: Chat) -> Saved:
+        """Of a request that someone else began: what follows from its tokens; the rest is as it is for a new one."""
+        before = np.zeros(len(request.prompt))
+        tags = (chat.think_open_id, chat.think_close_id)
+        last_tag = next((token for token in reversed(so_far.tokens) if token in tags), None)
+        sure = np.array(so_far.sampled, bool) & (np.array(so_far.raw_logprobs) > log(SURE))
+        known = {
+            "tokens": np.array((*request.prompt, *so_far.tokens), np.int64),
+            "sampled": np.concatenate((before > 0, np.array(so_far.sampled, bool))),
+            "logprobs": np.concatenate((before, so_far.logprobs)).astype(np.float32),
+            "raw_logprobs": np.concatenate((before, so_far.raw_logprobs)).astype(np.float32),
+            "wanted": len(request.prompt) + len(so_far.tokens),
+            "thinking": limits.open if last_tag is None else last_tag == chat.think_open_id,
+            "thought": so_far.reasoning_tokens, "hit": so_far.budget_hit,
+            "sure": int(sure[::-1].cumprod().sum()), "experts": [],
+        }  # fmt: skip
+        return cls(known, [])
 
 
 @dataclass(eq=False)
@@ -150,6 +180,11 @@ class Live:
         if not self.request.sampling.top_logprobs:
             return None
         return tuple(self.tops.get(i, ()) for i in range(tokens))
+
+    def take_sets(self, so_far: Completion) -> None:
+        if so_far.sets is not None:
+            ids, ends = so_far.sets
+            self.sets = {i: ids[a:b] for i, (a, b) in enumerate(pairwise(ends)) if b > a}
 
     def reported_sets(self, tokens: int) -> tuple[np.ndarray, np.ndarray] | None:
         if not self.keeps_sets:

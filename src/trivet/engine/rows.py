@@ -59,6 +59,8 @@ class Rows:
         self.filling, self.follows = np.zeros(0, bool), np.zeros(0, bool)
         # least: thinking tokens below which a thought goes on; waited: forced tokens that count for it.
         self.least, self.waited = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        # sure: sampled tokens in a row that were all but certain; most_sure: how many end the request.
+        self.sure, self.most_sure = np.zeros(0, np.int64), np.zeros(0, np.int64)
         # guessed: tokens behind the wanted ones that are a guess; drafted: how many a draft model has read.
         self.guessed, self.drafted = np.zeros(0, np.int64), np.zeros(0, np.int64)
         kinds = (torch.float32, torch.float32, torch.long, torch.float32, torch.long)
@@ -105,30 +107,34 @@ class Rows:
         self.logprobs[row] = self.raw_logprobs[row] = 0.0
         for table in self.experts:
             table[row] = -1
+        s, prompt = live.request.sampling, live.request.prompt
+        self.tokens[row, : len(prompt)] = prompt
+        self.wanted[row], self.prompt_length[row] = len(prompt), len(prompt)
+        self.most[row] = min(s.max_tokens, self.most_columns - len(prompt))
+        self.budget[row], self.last_thought[row] = live.limits.budget, live.limits.last_thought
+        self.least[row], self.waited[row] = s.min_thinking, 0
+        self.sure[row], self.most_sure[row] = 0, s.halt_repeating or UNLIMITED
+        self.thinking[row], self.thought[row], self.hit[row] = live.limits.open, 0, False
+        self.stops_on_tool[row] = live.request.stop_on_tool
+        values = (s.temperature, s.top_p, s.top_k, s.min_p, s.seed & (2**63 - 1))
+        for setting, number in zip(vars(self.settings).values(), values, strict=True):
+            setting[row] = number
         if live.saved is not None:
-            for name, table in self._tables():
-                value = live.saved.known[name]
-                table[(row, slice(len(value))) if table.ndim > 1 else row] = value
-            for table, value in zip(self.experts, live.saved.known["experts"], strict=True):
-                table[row, : len(value)] = value
-            for setting, value in zip(vars(self.settings).values(), live.saved.settings, strict=True):
-                setting[row] = value
+            self._restore(row, live.saved)
             live.saved = None
-        else:
-            s, prompt = live.request.sampling, live.request.prompt
-            self.tokens[row, : len(prompt)] = prompt
-            self.wanted[row], self.prompt_length[row] = len(prompt), len(prompt)
-            self.most[row] = min(s.max_tokens, self.most_columns - len(prompt))
-            self.budget[row], self.last_thought[row] = live.limits.budget, live.limits.last_thought
-            self.least[row], self.waited[row] = s.min_thinking, 0
-            self.thinking[row], self.thought[row], self.hit[row] = live.limits.open, 0, False
-            self.stops_on_tool[row] = live.request.stop_on_tool
-            values = (s.temperature, s.top_p, s.top_k, s.min_p, s.seed & (2**63 - 1))
-            for setting, number in zip(vars(self.settings).values(), values, strict=True):
-                setting[row] = number
         self.computed[row] = self.guessed[row] = self.drafted[row] = 0
         self.alive[row] = self.filling[row] = True
         self.follows[row] = False
+
+    def _restore(self, row: int, saved: Saved) -> None:
+        for name, table in self._tables():
+            if name in saved.known:
+                value = saved.known[name]
+                table[(row, slice(len(value))) if table.ndim > 1 else row] = value
+        for table, value in zip(self.experts, saved.known["experts"], strict=False):  # none, or of every layer
+            table[row, : len(value)] = value
+        for setting, value in zip(vars(self.settings).values(), saved.settings, strict=False):
+            setting[row] = value
 
     def read(self, live: Live) -> dict[str, Any]:
         """All that is known of a request, by name: running, waiting, or taken out."""

@@ -6,6 +6,8 @@ likeliest tokens) are looked at one by one.
 
 from __future__ import annotations
 
+from math import log
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from torch import Tensor
 from trivet.chat import Chat
 from trivet.config import UserError
 from trivet.engine.grammar import Grammars
-from trivet.engine.request import Live
+from trivet.engine.request import SURE, Live
 from trivet.engine.rows import Rows
 from trivet.engine.sampling import sample
 from trivet.engine.steer import steer, steers
@@ -119,6 +121,7 @@ class Writer:
         r.tokens[rows_w, at_w], r.sampled[rows_w, at_w] = token[writes], True
         r.logprobs[rows_w, at_w], r.raw_logprobs[rows_w, at_w] = logprob[writes], raw[writes]
         r.wanted[rows_w] += 1
+        r.sure[which] = np.where(writes & (raw > log(SURE)), r.sure[which] + 1, 0)
         r.thought[which] += stays & ~cut
         r.thinking[rows_w] = (thinking & ~closes | opens)[writes]
         return failed
@@ -199,9 +202,11 @@ class Writer:
             elif live.row in new and live.request.stop_on_tool and chat.closes_call(r.written(live)):
                 reasons[live.row] = StopReason.TOOL_CALL
         ends, called = newest == chat.end_id, (newest == chat.tool_close_id) & r.stops_on_tool[which]
-        for i in np.flatnonzero((produced > 0) & (ends | called | (produced >= r.most[which]))):
-            reason = StopReason.END if ends[i] else StopReason.TOOL_CALL if called[i] else StopReason.LENGTH
-            if reason is not StopReason.LENGTH or int(which[i]) not in reasons:
+        halts = r.sure[which] >= r.most_sure[which]
+        for i in np.flatnonzero((produced > 0) & (ends | called | halts | (produced >= r.most[which]))):
+            last = StopReason.REPETITION if halts[i] else StopReason.LENGTH
+            reason = StopReason.END if ends[i] else StopReason.TOOL_CALL if called[i] else last
+            if reason is not last or int(which[i]) not in reasons:
                 reasons[int(which[i])] = reason
         return list(reasons.items())
 

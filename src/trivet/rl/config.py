@@ -28,6 +28,9 @@ class RLConfig(Frozen):
     thinking: int | Literal["off"] | None = Field(
         default=None, description="thinking budget in tokens; unset: unlimited; 'off': no thinking"
     )
+    halt_repeating: int = Field(
+        default=0, ge=0, description="end an answer after so many tokens in a row of probability > 0.99; 0: never"
+    )
     max_turns: int = Field(default=8, gt=0, description="completions of an episode, tool calls between them")
     max_rows: int = Field(default=512, gt=0, description="episodes that are generated at the same time")
     objective: str = Field(default="dapo", description="reinforce, rloo, grpo, dr_grpo, dapo, cispo or gspo")
@@ -60,6 +63,9 @@ class RLConfig(Frozen):
         default=0.02, ge=0, le=1, description="stop when more than this share of a batch could not be graded"
     )
     eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only at the end")
+    page_every: int = Field(
+        default=0, ge=0, description="write every n-th step's episodes, for `trivet rollouts`; 0: none"
+    )
     save_every_seconds: float = Field(default=60.0, ge=0, description="time between saved states")
     tensorboard: bool = Field(default=True, description="write TensorBoard event files too")
 

@@ -30,14 +30,16 @@ from trivet.agent.loop import Row
 from trivet.chat import Chat
 from trivet.config import UserError
 from trivet.disk import Journal
-from trivet.model import Transformer
+from trivet.model import Routing, Transformer
 from trivet.model.lora import adapter_parameters, fingerprint
 from trivet.rl.config import RLConfig
 from trivet.rl.epochs import Updates
 from trivet.rl.objectives import advantages, find_objective
+from trivet.rl.page import LINES, describe_episode
 from trivet.rl.rollout import Attempt
 from trivet.rl.sampler import Sampler, rewards
 from trivet.rl.summary import describe
+from trivet.rl.update import pack
 from trivet.tasks import Task
 from trivet.train.checkpoint import load_latest, save_state
 from trivet.train.optim import Optimizer
@@ -109,19 +111,20 @@ class _Run:
             "spec": model.spec.model_dump(mode="json"),
             "tasks": [[task.name, weight] for task, weight in tasks],
         }
-        for harmless in ("save_every_seconds", "tensorboard", "recompute"):
+        for harmless in ("save_every_seconds", "page_every", "tensorboard", "recompute"):
             del self.identity["rl"][harmless]
         if adapter_parameters(model):  # a state holds the adapters only
             self.identity["base"] = fingerprint(model)
         self.sampler = Sampler(model, chat, tasks, config, device)
         self.step, self.seconds, self.metrics = 0, 0.0, {}
-        self.journal = Journal(out / "metrics.jsonl")
+        self.journal, self.rollouts = Journal(out / "metrics.jsonl"), Journal(out / LINES)
         state = load_latest(out / "resume", self.identity)
         if state is not None:
             state.apply(model, self.optimizer)
             self.step, self.seconds, self.metrics = state.step, state.extra["seconds"], state.extra["metrics"]
         self.saved = self.step
         self.journal.truncate_after(self.step)
+        self.rollouts.truncate_after(self.step)
         self.board = Board(out / "tensorboard", self.step) if config.tensorboard and self.step < config.steps else None
         self.began = self.saved_at = time.perf_counter()
         model.train()
@@ -134,6 +137,8 @@ class _Run:
         values = describe(attempts) | batch.counts
         self.check_graded(attempts, values)
         sequences, advantage, values["no_spread"] = self.choose(attempts)
+        if self.config.page_every and (self.step + 1) % self.config.page_every == 0:
+            self.record(attempts)
         trained = sum(len(row.ids) for row in sequences)
         if sequences:
             values |= self.updates.learn_from(sequences, advantage, self.step)
@@ -159,15 +164,39 @@ class _Run:
                 f"graded ({counts}), more than not_ok_limit = {self.config.not_ok_limit:g}. The first: {detail}"
             )
 
-    def choose(self, attempts: Sequence[Attempt]) -> tuple[list[Row], Tensor, float]:
-        """Rows worth learning from, their advantages [S], and the share of groups that agree."""
+    def judge(self, attempts: Sequence[Attempt]) -> tuple[Tensor, Tensor, Tensor]:
+        """Advantages [P,G], which of them count [P,G], and which groups have spread [P]."""
         value, ok = rewards(attempts, self.config.group)
         value, spread = advantages(value, ok, self.objective.advantage)
-        kept = (ok & spread[:, None]).flatten()
+        return value, ok & spread[:, None], spread
+
+    def choose(self, attempts: Sequence[Attempt]) -> tuple[list[Row], Tensor, float]:
+        """Rows worth learning from, their advantages [S], and the share of groups that agree."""
+        value, counts, spread = self.judge(attempts)
+        kept = counts.flatten()
         rows = [a.row for a, keep in zip(attempts, kept.tolist(), strict=True) if keep]
         wrote = torch.tensor([any(row.trained) for row in rows], dtype=torch.bool)
         rows = [row for row in rows if any(row.trained)]
         return rows, value.flatten()[kept][wrote], 1 - spread.float().mean().item()
+
+    @torch.no_grad()
+    def record(self, attempts: Sequence[Attempt]) -> None:
+        """Write down the episodes as they are before the update, with one forward pass of their own."""
+        c = self.config
+        value, counts, _ = self.judge(attempts)
+        wrote = [i for i, attempt in enumerate(attempts) if any(attempt.row.trained)]
+        seen: list[tuple[list[float], list[float]]] = [([], []) for _ in attempts]
+        for part in pack([attempts[i].row for i in wrote], c.rows, c.length):
+            part = part.to(self.device)
+            numbers = self.updates.logprobs(self.model, part, Routing())
+            for s, *both in zip(part.sequence.tolist(), *(n.tolist() for n in numbers), strict=True):
+                for known, number in zip(seen[wrote[s]], both, strict=True):
+                    known.append(number)
+        for i, attempt in enumerate(attempts):
+            advantage = value.flatten()[i].item() if counts.flatten()[i] else None
+            self.rollouts.append(
+                self.step + 1, **describe_episode(attempt, self.chat, i // c.group, advantage, *seen[i])
+            )
 
     # --- bookkeeping ----------------------------------------------------------------------------
     def evaluate(self, evaluate: Callable[[Transformer], dict[str, float]]) -> dict[str, float]:
@@ -195,6 +224,7 @@ class _Run:
                 f"last good one is step {self.saved}. Lower muon_lr or adam_lr."
             )
         self.journal.sync()
+        self.rollouts.sync()
         extra = {"seconds": self.seconds + time.perf_counter() - self.began, "metrics": self.metrics}
         save_state(self.out / "resume", self.step, self.model, self.optimizer, self.identity, extra)
         self.saved, self.saved_at = self.step, time.perf_counter()

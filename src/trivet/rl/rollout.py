@@ -65,8 +65,13 @@ class Attempt:
 
     @property
     def truncated(self) -> bool:
-        """It ran out of tokens or turns, so it never came to an answer of its own."""
-        return self.episode.stop in (StopReason.LENGTH, "max_turns")
+        """It ran out of tokens or turns or was halted, so it never came to an answer of its own."""
+        return self.repeats or self.episode.stop in (StopReason.LENGTH, "max_turns")
+
+    @property
+    def repeats(self) -> bool:
+        """It was halted because it only repeated itself."""
+        return self.episode.stop is StopReason.REPETITION
 
 
 def play(engine: Engine, jobs: Sequence[Job], max_turns: int) -> list[Attempt]:

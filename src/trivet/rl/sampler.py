@@ -8,6 +8,11 @@ a model gets better its batches get smaller and their gradient noisier. DAPO dra
 full and drops what is over; here a round draws exactly what is missing, so nothing that teaches is dropped.
 All that was drawn is counted: rewards and `no_spread` are of every group, not of the hard ones that were kept.
 
+`halt_repeating` ends an answer that repeats itself (MiniMax-M1, arXiv 2506.13585: after 3,000 tokens in a row of
+probability > 0.99 each). Such an answer is graded as it stands and trained on like any other. It never came to an
+end, so it earns what an unfinished answer earns, and its group teaches that it should; masked, a loop would cost
+nothing. Its certain tokens move little by themselves: the gradient of log p is in proportion to 1 - p.
+
 What is drawn is a pure function of (weights, seed, s). Replacements come from the whole mixture of tasks, so
 a task that is solved gives way to the others.
 """
@@ -69,7 +74,8 @@ class Sampler:
         c = self.config
         return [
             Job(task, problem, Sampling(
-                temperature=c.temperature, top_p=c.top_p, top_k=c.top_k, min_p=c.min_p, keep_sets=True, max_tokens=c.max_tokens, thinking=c.thinking,
+                temperature=c.temperature, top_p=c.top_p, top_k=c.top_k, min_p=c.min_p, keep_sets=True,
+                max_tokens=c.max_tokens, thinking=c.thinking, halt_repeating=c.halt_repeating,
                 seed=stable_hash(c.seed, step, first + p, g),
             ))
             for p, (task, problem) in enumerate(draw_problems(self.tasks, c.seed, step, count, first))

@@ -24,6 +24,7 @@ def describe(attempts: Sequence[Attempt]) -> dict[str, Any]:
         "calls_tool": sum(a.calls_tool for a in attempts) / n,
         "budget_hit": sum(a.episode.budget_hit for a in attempts) / n,
         "truncated": sum(a.truncated for a in attempts) / n,
+        "repeats": sum(a.repeats for a in attempts) / n,
         "reasoning_tokens": sum(a.episode.reasoning_tokens for a in attempts) / n,
         "answer_tokens": sum(a.tokens - a.episode.reasoning_tokens for a in attempts) / n,
         "not_ok": n - len(ok),
