@@ -188,6 +188,7 @@ class Updates:
         with products(c, self.device):
             hidden = model(part.tokens, part.positions, routing=routing, recompute=c.recompute)[part.wanted]  # [N,D]
         with head_products(c, self.device):
+            hidden = hidden.to(model.head_weight.dtype)
             return token_logprobs(hidden, model.head_weight, part.targets, c.temperature, sets=part.sets)
 
     def check_first(self, ratio: float, mismatch: float, step: int) -> None:
