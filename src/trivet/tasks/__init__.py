@@ -10,6 +10,7 @@ from trivet.spec import Frozen
 from trivet.tasks.arithmetic import Arithmetic, ArithmeticConfig
 from trivet.tasks.base import Demo, Problem, Split, Task, tools_for
 from trivet.tasks.chain import Chain, ChainConfig
+from trivet.tasks.code import Code, CodeConfig
 from trivet.tasks.gym import Gym, GymConfig
 from trivet.tasks.hunt import Hunt, HuntConfig
 from trivet.tasks.jsonl import Dataset, DatasetConfig, Jsonl, JsonlConfig
@@ -22,6 +23,7 @@ TASKS: dict[str, tuple[type[Frozen], Callable[[Any], Task]]] = {
     "hunt": (HuntConfig, Hunt),
     "jsonl": (JsonlConfig, Jsonl),
     "dataset": (DatasetConfig, Dataset),
+    "code": (CodeConfig, Code),
     "gym": (GymConfig, Gym),
 }
 
