@@ -38,7 +38,7 @@ from trivet.rl.config import RLConfig
 from trivet.rl.learner import learn
 from trivet.rl.rewards import make_rewards
 from trivet.spec import Frozen, ModelSpec
-from trivet.tasks import Split, Task, make_task, tools_for
+from trivet.tasks import Climber, Split, Task, make_task, tools_for
 from trivet.train.checkpoint import first_difference
 from trivet.train.data import Documents, Mixture, PackedBatches, TaskDocuments, TextDocuments
 from trivet.train.losses import head_loss
@@ -239,6 +239,10 @@ def run_stage(stage: Stage, context: Context) -> dict[str, Any]:
 
 def _train(stage: TrainStage, context: Context) -> dict[str, Any]:
     tasks = load_tasks(stage.tasks)
+    if any(isinstance(task, Climber) for task, _ in tasks):
+        raise UserError(
+            "A curriculum rises with rewards, and this stage imitates: leave `curriculum` to a stage of RL."
+        )
     if stage.start is not None:
         start, model, chat = load_start(stage.start, stage.lora, stage.train.seed, context)
     else:

@@ -46,6 +46,7 @@ from trivet.engine import PREFIX_BYTES, Engine
 from trivet.messages import Sampling
 from trivet.model import Routing, Transformer
 from trivet.model.lora import adapter_parameters, fingerprint
+from trivet.rl.climb import climb, set_standings, standings
 from trivet.rl.config import RLConfig
 from trivet.rl.objectives import Totals, advantages, find_objective, policy_loss
 from trivet.rl.reference import Reference
@@ -155,6 +156,7 @@ class _Run:
         if state is not None:
             state.apply(model, self.optimizer)
             self.step, self.seconds, self.metrics = state.step, state.extra["seconds"], state.extra["metrics"]
+            set_standings(tasks, state.extra.get("standings", {}))
         self.saved = self.step
         self.journal.truncate_after(self.step)
         self.board = Board(out / "tensorboard", self.step) if config.tensorboard and self.step < config.steps else None
@@ -168,6 +170,7 @@ class _Run:
         generated = time.perf_counter()
         values = describe(attempts, self.config.group)
         self.check_graded(attempts, values)
+        values |= climb(self.tasks, attempts)
         sequences, advantage, values["no_spread"] = self.choose(attempts)
         trained = sum(len(row.ids) for row in sequences)
         if sequences:
@@ -328,6 +331,7 @@ class _Run:
             )
         self.journal.sync()
         extra = {"seconds": self.seconds + time.perf_counter() - self.began, "metrics": self.metrics}
+        extra["standings"] = standings(self.tasks)
         save_state(self.out / "resume", self.step, self.model, self.optimizer, self.identity, extra)
         self.saved, self.saved_at = self.step, time.perf_counter()
 
