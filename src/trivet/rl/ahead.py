@@ -43,7 +43,7 @@ from trivet.rl.config import RLConfig
 from trivet.rl.rewards import Reward
 from trivet.rl.rollout import rewarded
 from trivet.rl.sampler import Batch, Sampler
-from trivet.tasks import Task
+from trivet.tasks import Climber, Task
 
 KEPT = 2  # states, as of training
 
@@ -63,6 +63,8 @@ class Ahead:
                 "With rl.lag = 1 reward terms are added when a batch arrives, too late to tell which groups rl.dynamic "
                 "must replace: leave one of the three out."
             )
+        if any(isinstance(task, Climber) for task, _ in tasks):
+            raise UserError("A curriculum waits for the scores of a step, which sampling ahead does not: rl.lag = 0.")
         self.rewards = rewards
         if multiprocessing.current_process().daemon:
             raise UserError(

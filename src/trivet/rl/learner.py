@@ -33,6 +33,7 @@ from trivet.disk import Journal
 from trivet.model import Routing, Transformer
 from trivet.model.lora import adapter_parameters, fingerprint
 from trivet.rl.ahead import Ahead
+from trivet.rl.climb import climb, set_standings, standings
 from trivet.rl.config import RLConfig
 from trivet.rl.epochs import Updates
 from trivet.rl.objectives import advantages, find_objective
@@ -131,6 +132,7 @@ class _Run:
         if state is not None:
             state.apply(model, self.optimizer)
             self.step, self.seconds, self.metrics = state.step, state.extra["seconds"], state.extra["metrics"]
+            set_standings(tasks, state.extra.get("standings", {}))
             self.sampler.load(state.step, state.extra["carried"])
         self.saved = self.step
         self.journal.truncate_after(self.step)
@@ -146,6 +148,7 @@ class _Run:
         generated, attempts = time.perf_counter(), batch.attempts
         values = describe(attempts) | batch.counts
         self.check_graded(attempts, values)
+        values |= climb(self.tasks, attempts)
         sequences, advantage, values["no_spread"] = self.choose(attempts)
         if self.config.page_every and (self.step + 1) % self.config.page_every == 0:
             self.record(attempts)
@@ -236,7 +239,7 @@ class _Run:
         self.rollouts.sync()
         extra = {
             "seconds": self.seconds + time.perf_counter() - self.began, "metrics": self.metrics,
-            "carried": self.sampler.dump(self.step),
+            "carried": self.sampler.dump(self.step), "standings": standings(self.tasks),
         }  # fmt: skip
         save_state(self.out / "resume", self.step, self.model, self.optimizer, self.identity, extra)
         self.saved, self.saved_at = self.step, time.perf_counter()

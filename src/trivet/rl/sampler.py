@@ -29,6 +29,7 @@ from torch import Tensor
 
 from trivet.agent.loop import Episode
 from trivet.chat import Chat
+from trivet.config import UserError
 from trivet.engine import PREFIX_BYTES, Engine, EngineModel
 from trivet.messages import Sampling, StopReason
 from trivet.model import Transformer
@@ -38,7 +39,7 @@ from trivet.rl.objectives import advantages
 from trivet.rl.precision import sampling_model
 from trivet.rl.rewards import Reward, rewards_of
 from trivet.rl.rollout import Attempt, Job, begin, draw_problems, grade_all, play
-from trivet.tasks import Task
+from trivet.tasks import Climber, Task
 from trivet.train.data import stable_hash
 
 
@@ -59,6 +60,10 @@ class Sampler:
         self, model: Transformer, chat: Chat, tasks: Sequence[tuple[Task, float]], config: RLConfig,
         device: torch.device | str, rewards: tuple[Reward, ...] = (),
     ):  # fmt: skip
+        if config.partial < 1 and any(isinstance(task, Climber) for task, _ in tasks):
+            raise UserError(
+                "A curriculum changes what is asked between steps, so episodes can't be carried: partial = 1."
+            )
         self.rewards = rewards
         self.model, self.chat, self.tasks, self.config, self.device = model, chat, tasks, config, device
         self.carried: list[Started] = []  # of groups that are not complete

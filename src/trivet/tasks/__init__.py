@@ -11,7 +11,9 @@ from trivet.tasks.arithmetic import Arithmetic, ArithmeticConfig
 from trivet.tasks.arrange import Arrange, ArrangeConfig
 from trivet.tasks.base import Demo, Problem, Split, Task, tools_for
 from trivet.tasks.chain import Chain, ChainConfig
+from trivet.tasks.code import Code, CodeConfig
 from trivet.tasks.conversations import Conversations, ConversationsConfig
+from trivet.tasks.curriculum import Climber, Curriculum
 from trivet.tasks.gym import Gym, GymConfig
 from trivet.tasks.hunt import Hunt, HuntConfig
 from trivet.tasks.jsonl import Dataset, DatasetConfig, Jsonl, JsonlConfig
@@ -26,12 +28,15 @@ TASKS: dict[str, tuple[type[Frozen], Callable[[Any], Task]]] = {
     "jsonl": (JsonlConfig, Jsonl),
     "dataset": (DatasetConfig, Dataset),
     "conversations": (ConversationsConfig, Conversations),
+    "code": (CodeConfig, Code),
     "gym": (GymConfig, Gym),
 }
 
 
 def make_task(settings: Mapping[str, Any]) -> Task:
     """A task from its table in a config: `name` and its own settings; `gym:NAME` is short for a dataset.
+
+    `curriculum` = true, or a table of `Curriculum`, makes it climb its levels in RL.
 
     Raises UserError naming the nearest known task or setting.
     """
@@ -42,8 +47,15 @@ def make_task(settings: Mapping[str, Any]) -> Task:
         name = "gym"
     if name not in TASKS:
         raise UserError(f"No task {name!r}; there are {', '.join(TASKS)} and gym:DATASET.{nearest(name, TASKS)}")
+    curriculum = settings.pop("curriculum", False)
     schema, build = TASKS[name]
-    return build(validate(settings, schema, f"task {name!r}"))
+    task = build(validate(settings, schema, f"task {name!r}"))
+    if curriculum is False:
+        return task
+    rule = {} if curriculum is True else curriculum
+    if not isinstance(rule, dict):
+        raise UserError(f"task {name!r}: curriculum must be true, false or a table, not {rule!r}.")
+    return Climber(task, validate(dict(rule), Curriculum, f"curriculum of task {name!r}"))
 
 
-__all__ = ["TASKS", "Demo", "Problem", "Split", "Task", "make_task", "tools_for"]
+__all__ = ["TASKS", "Climber", "Demo", "Problem", "Split", "Task", "make_task", "tools_for"]

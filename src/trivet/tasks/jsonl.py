@@ -12,47 +12,34 @@ How the reference answer is found in the `answer` field, and the model's answer 
              its index from 0 or its text; or `options` names the keys of the wrong ones, and `answer` the right one's
              text (GPQA). They are shown as A) ... B) ... in an order that a hash of the question decides.
 
-A reference without \\boxed is taken whole where it is one short line (MATH-500's answers). Without a test file or
-split, one row in eight is held out by a hash of its question. Rows that can't be read are errors, up to a share that
-is counted. Examples without reasoning teach to answer with the thinking block shut.
+A reference without \\boxed is taken whole where it is one short line (MATH-500's answers).
 """
 
 from __future__ import annotations
 
 import hashlib
-import random
 import re
-import warnings
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from trivet.config import UserError, nearest
+from trivet.config import nearest
 from trivet.messages import Message, Score
-from trivet.spec import Frozen
 from trivet.tasks import symbolic
-from trivet.tasks.base import Demo, Problem, Split, is_test
+from trivet.tasks.base import Problem, Split
 from trivet.tasks.extract import LETTERS, Format, choice, extract, same
+from trivet.tasks.source import Reference, Source, SourceConfig
 from trivet.tasks.tables import Row, read_rows, split_files
 
 SHORT = 80  # characters of a reference that is taken whole
 
 
-class RowsConfig(Frozen):
-    path: str = Field(description="the file to learn from")
-    test_path: str | None = Field(default=None, description="held-out file; None: a share of `path`")
+class RowsConfig(SourceConfig):
     format: Format = Field(default="text", description="how answers are written and compared")
-    question: str = Field(default="question", description="key of the question")
-    answer: str = Field(default="answer", description="key of the answer")
     options: str | tuple[str, ...] | None = Field(
         default=None, description="choice: key of the options' list, or the keys of the wrong ones"
     )
-    reasoning: str | None = Field(default=None, description="key of the reasoning to imitate, if there is one")
-    instruction: str | None = Field(default=None, description="a sentence after every question")
-    no_think: float = Field(default=0.1, ge=0, le=1, description="share of examples that answer without thinking")
-    bad_share: float = Field(default=0.01, ge=0, le=1, description="unreadable rows that are put up with")
-    max_chars: int | None = Field(default=None, gt=0, description="skip (and count) longer examples")
 
     @model_validator(mode="after")
     def _options(self) -> RowsConfig:
@@ -73,42 +60,15 @@ class DatasetConfig(RowsConfig):
     test_split: str | None = Field(default="test", description="the held-out one; '' takes a share of `split`")
 
 
-class Rows:
-    """Problems from rows. The subclass says where these come from."""
+class Jsonl(Source):
+    """One file, by its suffix: JSONL, JSON, CSV or Parquet."""
 
-    tools: tuple[str, ...] = ()
-    levels: tuple[int, ...] = (0,)
+    config: RowsConfig
 
-    def __init__(self, config: JsonlConfig | DatasetConfig) -> None:
-        self.config = config
-        self.name: str = config.name
+    def __init__(self, config: RowsConfig) -> None:
         if config.format == "math":
             symbolic.require()
-        rows = self._usable(config.path, self._read(config.path, "train"))
-        held_out = self._held_out()
-        if held_out is not None:
-            self.rows = {"train": rows, "test": self._usable(config.test_path or config.path, held_out)}
-        else:
-            self.rows = {s: [r for r in rows if is_test(r["question"]) == (s == "test")] for s in ("train", "test")}
-        for split, found in self.rows.items():
-            if not found:
-                raise UserError(
-                    f"{config.path} leaves no {split} problems ({len(rows)} lines in all); give more or a test_path."
-                )
-
-    def problem(self, split: Split, index: int, level: int | None = None) -> Problem:
-        rows = self.rows[split]
-        lap, at = divmod(index, len(rows))
-        row = rows[_shuffled(len(rows), lap)[at] if split == "train" else at]
-        meta = {"reasoning": row["reasoning"], "options": row["options"]}
-        return Problem(f"{self.name}-{split}-{row['number']}", row["prompt"], row["answer"], 0, meta)
-
-    def demonstrate(self, problem: Problem, rng: random.Random) -> Demo:
-        user = Message("user", problem.prompt)
-        reasoning = problem.meta["reasoning"]
-        if reasoning is None or rng.random() < self.config.no_think:
-            return Demo((user, Message("assistant", self._written(problem.answer))), thinking=False)
-        return Demo((user, Message("assistant", self._written(problem.answer), reasoning)))
+        super().__init__(config)
 
     def grade(self, problem: Problem, message: Message) -> Score:
         form = self.config.format
@@ -122,69 +82,23 @@ class Rows:
             return Score(0.0, detail="no answer found in the text")
         return Score(float(same(given, problem.answer)))
 
-    def _written(self, answer: str) -> str:
-        return {"boxed": f"\\boxed{{{answer}}}", "math": f"\\boxed{{{answer}}}", "choice": f"Answer: {answer}"}.get(
-            self.config.format, answer
-        )
+    def written(self, answer: str) -> str:
+        box = f"\\boxed{{{answer}}}"
+        return {"boxed": box, "math": box, "choice": f"Answer: {answer}"}.get(self.config.format, answer)
 
-    def _read(self, path: str, split: Split) -> list[Row]:
-        return read_rows(Path(path))
+    def reference(self, data: dict[str, Any]) -> Reference | str:
+        form, full = self.config.format, str(data[self.config.answer])
+        if form == "choice":
+            return self._options(data)
+        found = reference(full, form)
+        if found is None:
+            return f"no answer of format {form!r} in {full[-40:]!r}."
+        before = re.sub(r"<<.*?>>", "", full.rsplit("####", 1)[0]).strip() if form == "gsm8k" else None
+        return Reference(found, reasoning=before)
 
-    def _held_out(self) -> list[Row] | None:
-        return None if self.config.test_path is None else self._read(self.config.test_path, "test")
-
-    # --- reading ---------------------------------------------------------------------------------
-    def _usable(self, path: str, found: list[Row]) -> list[dict[str, Any]]:
-        rows, bad, long = [], [], 0
-        for number, (place, data) in enumerate(found, 1):
-            row = data if isinstance(data, str) else self._row(data, number)
-            if isinstance(row, str):
-                bad.append(f"{place}: {row}")
-            elif self.config.max_chars and len(row["prompt"]) + len(row["reasoning"] or "") > self.config.max_chars:
-                long += 1
-            else:
-                rows.append(row)
-        if len(bad) > self.config.bad_share * len(found):
-            raise UserError(f"{path}: {len(bad)} of {len(found)} lines can't be used; {bad[0]}")
-        for what, count in ((f"can't be used, first {bad[0] if bad else ''}", len(bad)), ("are over max_chars", long)):
-            if count:
-                warnings.warn(f"{path}: {count} of {len(found)} lines {what}; they are left out.", stacklevel=4)
-        return rows
-
-    def _row(self, data: dict[str, Any], number: int) -> dict[str, Any] | str:
-        """The row as the task needs it, or what is wrong with it."""
-        c = self.config
-        for key in filter(None, (c.question, c.answer, c.reasoning)):
-            if key not in data:
-                return f"no key {key!r}.{nearest(key, data)}"
-            if not isinstance(data[key], str | int | float):
-                return f"{key!r} is neither text nor a number."
-        full, question = str(data[c.answer]), str(data[c.question])
-        prompt, options = question, None
-        if c.format == "choice":
-            made = self._options(data, question)
-            if isinstance(made, str):
-                return made
-            options, answer = made
-            prompt += "\n\n" + "\n".join(f"{letter}) {text}" for letter, text in zip(LETTERS, options, strict=False))
-        else:
-            found = reference(full, c.format)
-            if found is None:
-                return f"no answer of format {c.format!r} in {full[-40:]!r}."
-            answer = found
-        if c.instruction:
-            prompt += f"\n\n{c.instruction}"
-        reasoning = str(data[c.reasoning]) if c.reasoning else None
-        if c.format == "gsm8k" and reasoning is None:
-            reasoning = re.sub(r"<<.*?>>", "", full.rsplit("####", 1)[0]).strip()
-        return {
-            "question": question, "prompt": prompt, "answer": answer, "options": options, "reasoning": reasoning,
-            "number": number,
-        }  # fmt: skip
-
-    def _options(self, data: dict[str, Any], question: str) -> tuple[tuple[str, ...], str] | str:
+    def _options(self, data: dict[str, Any]) -> Reference | str:
         """The options in the order in which they are shown, and the right one's letter; or what is wrong."""
-        keys, answer = self.config.options, data[self.config.answer]
+        keys, answer, question = self.config.options, data[self.config.answer], data[self.config.question]
         if isinstance(keys, tuple):
             missing = next((key for key in keys if key not in data), None)
             if missing is not None:
@@ -204,25 +118,23 @@ class Rows:
         if not 2 <= len(texts) <= len(LETTERS) or len(set(texts)) < len(texts):
             return f"{len(texts)} options, of which {len(set(texts))} differ; 2 to {len(LETTERS)} different ones can be shown."
         order = sorted(range(len(texts)), key=lambda i: hashlib.blake2s(f"{question}\n{texts[i]}".encode()).digest())
-        return tuple(texts[i] for i in order), LETTERS[order.index(right)]
+        options = tuple(texts[i] for i in order)
+        shown = "\n".join(f"{letter}) {text}" for letter, text in zip(LETTERS, options, strict=False))
+        return Reference(LETTERS[order.index(right)], shown, meta={"options": options})
 
 
-class Jsonl(Rows):
-    """One file, by its suffix: JSONL, JSON, CSV or Parquet."""
-
-
-class Dataset(Rows):
+class Dataset(Jsonl):
     """A directory with the files of several splits."""
 
     config: DatasetConfig
 
-    def _read(self, path: str, split: Split) -> list[Row]:
+    def read(self, path: str, split: Split) -> list[Row]:
         name = self.config.split if split == "train" else self.config.test_split or ""
         return [row for file in split_files(Path(path), name) for row in read_rows(file)]
 
-    def _held_out(self) -> list[Row] | None:
+    def held_out(self) -> list[Row] | None:
         c = self.config
-        return self._read(c.test_path or c.path, "test") if c.test_split or c.test_path else None
+        return self.read(c.test_path or c.path, "test") if c.test_split or c.test_path else None
 
 
 def reference(full: str, form: Format) -> str | None:
@@ -243,15 +155,3 @@ def place_of(answer: Any, texts: list[str], labels: Any) -> int | None:
     if len(given) == 1 and given.upper() in LETTERS[: len(texts)]:
         return LETTERS.index(given.upper())
     return int(given) if given.isdecimal() and int(given) < len(texts) else None
-
-
-def _shuffled(count: int, lap: int) -> list[int]:
-    """The order of one lap over the data; the last one asked for is kept."""
-    if _ORDER.get("key") != (count, lap):
-        order = list(range(count))
-        random.Random(f"{count} {lap}").shuffle(order)
-        _ORDER.update(key=(count, lap), order=order)
-    return _ORDER["order"]
-
-
-_ORDER: dict[str, Any] = {}

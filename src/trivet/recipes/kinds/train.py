@@ -16,7 +16,7 @@ from trivet.model.lora import LoRA
 from trivet.recipes.adapted import save_result
 from trivet.recipes.kinds.base import Context, StageBase, load_start, load_tasks
 from trivet.spec import ModelSpec
-from trivet.tasks import Split, Task, tools_for
+from trivet.tasks import Climber, Split, Task, tools_for
 from trivet.train.data import Documents, Mixture, PackedBatches, TaskDocuments, TextDocuments
 from trivet.train.losses import head_loss
 from trivet.train.trainer import TrainConfig, train
@@ -59,6 +59,10 @@ class TrainStage(StageBase):
 
 def run(stage: TrainStage, context: Context) -> dict[str, Any]:
     tasks = load_tasks(stage.tasks, context)
+    if any(isinstance(task, Climber) for task, _ in tasks):
+        raise UserError(
+            "A curriculum rises with rewards, and this stage imitates: leave `curriculum` to a stage of RL."
+        )
     if stage.start is not None:
         start, model, chat = load_start(stage.start, stage.lora, stage.train.seed, context)
     else:
