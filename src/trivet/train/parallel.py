@@ -105,6 +105,16 @@ class Ranks:
         return [bool(flag) for flag in flags.tolist()]
 
 
+def first() -> bool:
+    """Whether this process writes what is written once."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def host(device: torch.device) -> torch.device:
+    """Where to load a model that is about to be trained: a device need not hold all of one that will be divided."""
+    return torch.device("cpu") if dist.is_initialized() else device
+
+
 def ranks_of(shards: int, expert_shards: int) -> Ranks:
     """This process's place under the settings; shards = 0: as many as there are processes for.
 

@@ -50,7 +50,6 @@ from trivet.train.parallel import divide, local, ranks_of
 from trivet.train.parallel import clip as clip_parts
 
 Precision = Literal["fp32", "bf16"]
-HARMLESS = ("save_every_seconds", "tensorboard", "recompute", "shards", "expert_shards")  # a run may go on with others
 TIMES = ("seconds", "tokens_per_second", "gflops", "mfu")  # metrics that differ from run to run
 
 
@@ -61,8 +60,13 @@ class TrainConfig(Frozen):
     rows: int = Field(gt=0, description="rows of a microbatch")
     length: int = Field(gt=0, description="token slots of a row; documents are packed into it")
     accumulate: int = Field(default=1, gt=0, description="microbatches of an optimizer step, on all processes together")
-    shards: int = Field(default=0, ge=0, description="processes that divide the model (FSDP); 0: all that were started")
-    expert_shards: int = Field(default=1, gt=0, description="divides experts further, over so many times the processes")
+    # How many processes there are is not what a run is: it may go on with others.
+    shards: int = Field(
+        default=0, ge=0, exclude=True, description="processes that divide the model (FSDP); 0: all that torchrun started"
+    )
+    expert_shards: int = Field(
+        default=1, gt=0, exclude=True, description="divides experts further (EP): on shards x expert_shards processes"
+    )
     overflow: Literal["error", "cut"] = Field(
         default="error", description="a document longer than a row: stop, or cut its end off and count"
     )
@@ -216,7 +220,7 @@ class _Run:
             "train": config.model_dump(mode="json"),
             "spec": model.spec.model_dump(mode="json"),
         }
-        for harmless in HARMLESS:
+        for harmless in ("save_every_seconds", "tensorboard", "recompute"):  # of these no bit depends
             del self.identity["train"][harmless]
         if adapter_parameters(model):  # a state holds the adapters only
             self.identity["base"] = fingerprint(model)
