@@ -1,8 +1,9 @@
 """Runs of one process and of several, for test_train_parallel.py: `python parallel_runs.py FOLDER JOBS`.
 
 torch is imported once; each run forks as many processes as it wants. A job is
-[name, case, world, settings of [train], signal]: the case says model and adapters; the result is FOLDER/name, with
-whole.safetensors of the trained model.
+[name, case, world, settings of [train], more]: the case says model and adapters; the result is FOLDER/name, with
+whole.safetensors of the trained model, or what each process had to say (ended-0 ...). `more` is what goes wrong
+(`breaks`), at which document the last process is interrupted (`stop_at`), which job's folder it `goes_on` with.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -19,15 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # what a divided model imports, once for all processes
+import torch.distributed.fsdp
 from safetensors.torch import save_file
 
 from trivet.config import UserError
 from trivet.model import Transformer
 from trivet.model.lora import Size, attach, places
 from trivet.spec import GQA, MLA, GatedDeltaNet, Lightning, ModelSpec, MoE, Rope, SwiGLU
-from trivet.train import trainer
+from trivet.train import checkpoint, trainer
 from trivet.train.data import Document, stable_hash
-from trivet.train.parallel import gathered, processes
+from trivet.train.parallel import gathered, local, processes
 from trivet.train.trainer import Interrupted, TrainConfig, train
 
 MIXERS = {
@@ -73,8 +78,8 @@ def model_of(case: str) -> Transformer:
     return model
 
 
-def unfair(model: Any, batches: Any, mtp_weight: float, precision: Any, recompute: bool, of: Any) -> Any:
-    """The twin: every process divides by its own targets, and the mean of these means is taken."""
+def means(model: Any, batches: Any, mtp_weight: float, precision: Any, recompute: bool, of: Any) -> Any:
+    """What is wrong and often done: each process takes the mean over its targets, then these are averaged."""
     sums = real_backward(model, batches, mtp_weight, precision, recompute, trainer.Divisors.of(batches, model.spec.mtp))
     for p in model.parameters():
         if p.grad is not None:
@@ -85,44 +90,48 @@ def unfair(model: Any, batches: Any, mtp_weight: float, precision: Any, recomput
 real_backward = trainer.backward
 
 
-def run(out: Path, case: str, settings: dict[str, Any]) -> None:
-    settings = dict(settings)
-    if settings.pop("unfair", False):
-        trainer.backward = unfair
-    stop_at = settings.pop("stop_at", None)
+class Stopping(Counting):
+    """The last process is interrupted while it makes a document."""
+
+    def __init__(self, index: int | None) -> None:
+        self.index = index
+
+    def __getitem__(self, index: int) -> Document:
+        if index == self.index and os.environ.get("RANK", "0") == os.environ.get("LAST", "0"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().__getitem__(index)
+
+
+def no_room(*args: object, **options: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def last_logit(model: Transformer) -> dict[str, float]:
+    tokens = torch.arange(24)[None] % 23
+    return {"logit": model.logits(model(tokens))[0, -1, 0].item()}
+
+
+def run(out: Path, case: str, settings: dict[str, Any], breaks: str, stop_at: int | None) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    if breaks == "means":
+        trainer.backward = means
+    if breaks == "disk" and rank == 1:
+        checkpoint.save_tensors = no_room
     with processes(torch.device("cpu")) as device:
-        model = model_of(case)
-        rank = int(os.environ.get("RANK", "0"))
-
-        def evaluate(m: Transformer) -> dict[str, float]:
-            with torch.no_grad():
-                tokens = torch.arange(24)[None] % 23
-                return {"logit": m.logits(m(tokens))[0, -1, 0].item()}
-
-        class Stopping(Counting):
-            """One process is interrupted while it makes a document."""
-
-            def __getitem__(self, index: int) -> Document:
-                if index == stop_at and rank == 1:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                return super().__getitem__(index)
-
-        config = TrainConfig(**{**BASE, **settings})
+        model, config = model_of(case), TrainConfig(**{**BASE, **settings})
         try:
-            train(model, Stopping(), config, out, evaluate=evaluate, device=device)
-        except Interrupted as e:
-            (out / f"interrupted-{rank}").write_text(str(e))
+            train(model, Stopping(stop_at), config, out, evaluate=last_logit, device=device)
+        except (Interrupted, UserError) as e:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / f"ended-{rank}").write_text(str(e))
             return
-        except UserError as e:
-            out.mkdir(exist_ok=True)
-            (out / f"error-{rank}").write_text(str(e))
-            return
+        (out / f"held-{rank}").write_text(str(sum(local(p).numel() for p in model.parameters())))
         whole = gathered(model)
         if whole is not None:
             save_file({name: t.contiguous() for name, t in whole.state_dict().items()}, out / "whole.safetensors")
 
 
-def fork(rank: int, world: int, port: int, out: Path, case: str, settings: dict[str, Any]) -> int:
+def fork(rank: int, world: int, port: int, *job: Any) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -130,9 +139,9 @@ def fork(rank: int, world: int, port: int, out: Path, case: str, settings: dict[
     try:
         if world > 1:
             os.environ.update(
-                RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-            )
-        run(out, case, settings)
+                RANK=str(rank), WORLD_SIZE=str(world), LAST=str(world - 1), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+            )  # fmt: skip
+        run(*job)
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -140,8 +149,6 @@ def fork(rank: int, world: int, port: int, out: Path, case: str, settings: dict[
 
 
 def free_port() -> int:
-    import socket
-
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
@@ -168,9 +175,12 @@ def wait(pids: Sequence[int], timeout: float = 60) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    for name, case, world, settings in json.loads(sys.argv[2]):
-        began, port = time.monotonic(), free_port()
-        wait([fork(rank, world, port, folder / name, case, settings) for rank in range(world)])
+    for name, case, world, settings, more in json.loads(sys.argv[2]):
+        began, port, out = time.monotonic(), free_port(), folder / name
+        if "goes_on" in more:
+            shutil.copytree(folder / more["goes_on"], out)
+        job = (out, case, settings, more.get("breaks", ""), more.get("stop_at"))
+        wait([fork(rank, world, port, *job) for rank in range(world)])
         print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
 
 
