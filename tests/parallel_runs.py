@@ -44,7 +44,9 @@ MIXERS = {
 FFNS = {
     "dense": SwiGLU(hidden=20),
     "moe": MoE(experts=8, top_k=2, hidden=8, shared_hidden=8, balance=0.01),
-    "gated": MoE(experts=4, top_k=2, hidden=8, shared_hidden=8, shared_gate=True, score="softmax", selection_bias=False),
+    "gated": MoE(
+        experts=4, top_k=2, hidden=8, shared_hidden=8, shared_gate=True, score="softmax", selection_bias=False
+    ),
 }
 CASES: dict[str, dict[str, Any]] = {
     "dense": {"pattern": "gqa/dense*2", "tie_embeddings": True},
@@ -53,7 +55,15 @@ CASES: dict[str, dict[str, Any]] = {
     "delta": {"pattern": "delta/gated gqa/gated", "tie_embeddings": True},
     "lora": {"pattern": "mla/moe gqa/dense", "tie_embeddings": False},
 }
-BASE = {"steps": 4, "rows": 4, "length": 24, "accumulate": 2, "tensorboard": False, "save_every_seconds": 1e9, "clip": 0.5}
+BASE = {
+    "steps": 4,
+    "rows": 4,
+    "length": 24,
+    "accumulate": 2,
+    "tensorboard": False,
+    "save_every_seconds": 1e9,
+    "clip": 0.5,
+}
 
 
 class Counting:

@@ -44,6 +44,8 @@ JOBS: list[Job] = [
     *EQUAL,
     ("rows", "dense", 1, {"accumulate": 1}, {}),
     ("rows-4", "dense", 4, {"accumulate": 1}, {}),  # one row each
+    ("three", "dense", 1, {"rows": 3}, {}),
+    ("three-3", "dense", 3, {"rows": 3}, {}),  # uneven parts, some of them empty
     ("means", "dense", 2, {}, {"breaks": "means"}),
     ("bf16", "moe", 4, MIXED | {"precision": "bf16"}, {}),
     # 4 processes are stopped, and go on as 4, as 2 and as 1; 1 is stopped and goes on as 4
@@ -95,7 +97,7 @@ def check_equal(mine: Path, want: Path, tolerance: float) -> None:
         assert line == pytest.approx(other, rel=2e-4 if tolerance else 0, abs=tolerance)
 
 
-@pytest.mark.parametrize("name", [job[0] for job in EQUAL] + ["rows-4"])
+@pytest.mark.parametrize("name", [job[0] for job in EQUAL] + ["rows-4", "three-3"])
 def test_several_processes_end_where_one_does(runs: Path, name: str) -> None:
     check_equal(runs / name, runs / name.partition("-")[0], 1e-5)
 
@@ -144,7 +146,9 @@ def test_as_many_processes_go_on_to_the_same_bits(runs: Path) -> None:
     check_equal(runs / "again-4", runs / "moe-2x2", 0)
 
 
-@pytest.mark.parametrize(("name", "want"), [("again-2", "moe"), ("again-1", "moe"), ("again-1-4", "moe"), ("lora-again", "lora")])
+@pytest.mark.parametrize(
+    ("name", "want"), [("again-2", "moe"), ("again-1", "moe"), ("again-1-4", "moe"), ("lora-again", "lora")]
+)
 def test_other_numbers_of_processes_go_on_too(runs: Path, name: str, want: str) -> None:
     check_equal(runs / name, runs / want, 1e-5)
 
@@ -199,7 +203,9 @@ def test_torchrun_trains_a_model_that_loads(tmp_path: Path) -> None:
     """)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "trivet", "train", "mine.toml", "--out", "run", "--device", "cpu", "train.shards=2"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("2/2") == 1  # one process speaks
     assert [line["step"] for line in Journal(tmp_path / "run" / "metrics.jsonl").read()] == [1, 2]

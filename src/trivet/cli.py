@@ -327,7 +327,9 @@ def _device(name: str, threads: int = 0, together: bool = False) -> torch.device
     import torch
 
     if not together and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("Several processes (WORLD_SIZE is set) only work together in `trivet train`: start this without torchrun.")
+        raise UserError(
+            "Several processes (WORLD_SIZE is set) only work together in `trivet train`: start this without torchrun."
+        )
 
     from trivet.recipes.memory import keep_freed_memory
 

@@ -32,7 +32,7 @@ from trivet.disk import atomic_dir, disk_error, partial, settle_all
 from trivet.model.experts import plain_name
 from trivet.model.io import save_tensors
 from trivet.train.optim import Optimizer
-from trivet.train.parallel import Part, Parts, Ranks, local
+from trivet.train.parallel import ALONE, Part, Parts, Ranks, local
 
 KEPT = 2
 
@@ -61,7 +61,9 @@ class State:
             stored = Stored(self.path, "optimizer", open_files)
             empty = optimizer.state_dict()
             held = {
-                name: stored.read(name, empty[name], parts.get(name.partition(".")[2])) if name in empty else torch.empty(0)
+                name: stored.read(name, empty[name], parts.get(name.partition(".")[2]))
+                if name in empty
+                else torch.empty(0)
                 for name in stored.names
             }
             optimizer.load_state_dict(held)
@@ -99,7 +101,8 @@ class Stored:
             high = [min(a + n, b + m) for a, n, b, m in zip(begin, like.shape, at, size, strict=True)]
             if all(a < b for a, b in zip(low, high, strict=True)):
                 to, of = (
-                    tuple(slice(a - c, b - c) for a, b, c in zip(low, high, corner, strict=True)) for corner in (begin, at)
+                    tuple(slice(a - c, b - c) for a, b, c in zip(low, high, corner, strict=True))
+                    for corner in (begin, at)
                 )
                 out[to] = piece[of]
                 found += out[to].numel()
@@ -108,7 +111,9 @@ class Stored:
                     f"{self.path} does not belong to this model: {name!r} has shape {size}, not {list(like.shape)}."
                 )
         if found != out.numel():
-            raise UserError(f"{self.path} is damaged or of another model: {out.numel() - found} numbers of {name!r} are missing.")
+            raise UserError(
+                f"{self.path} is damaged or of another model: {out.numel() - found} numbers of {name!r} are missing."
+            )
         return out
 
 
@@ -119,7 +124,7 @@ def save_state(
     optimizer: Optimizer,
     config: Mapping[str, Any],
     extra: Mapping[str, Any],
-    ranks: Ranks = Ranks(),
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Store the state after `step` optimizer steps; config and extra are JSON values."""
     final = folder / f"step-{step:08d}"
@@ -148,7 +153,13 @@ def _save_together(final: Path, model: nn.Module, optimizer: Optimizer, scalars:
         _all_or_none(failed, ranks)
         try:
             for what, tensors in (("model", _changing(model)), ("optimizer", optimizer.state_dict())):
-                _save_parts(aside / f"{what}-{ranks.rank + 1:05d}-of-{ranks.world:05d}.safetensors", what, tensors, optimizer.parts, ranks)
+                _save_parts(
+                    aside / f"{what}-{ranks.rank + 1:05d}-of-{ranks.world:05d}.safetensors",
+                    what,
+                    tensors,
+                    optimizer.parts,
+                    ranks,
+                )
             if ranks.first:
                 (aside / "state.json").write_text(scalars)
         except OSError as e:
@@ -175,7 +186,7 @@ def _all_or_none(failed: UserError | None, ranks: Ranks) -> None:
         raise failed or UserError("Another process could not write its part of the state, so none was saved.")
 
 
-def load_latest(folder: Path, config: Mapping[str, Any], ranks: Ranks = Ranks()) -> State | None:
+def load_latest(folder: Path, config: Mapping[str, Any], ranks: Ranks = ALONE) -> State | None:
     """The last state, or None at the start of a run. Half-written ones are removed.
 
     Raises UserError where the state was made under another config, or is damaged.

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import compress
 from typing import Literal
 
 import torch
@@ -85,34 +86,33 @@ class Optimizer:
         torch._foreach_lerp_(momenta, grads, 1 - self.momentum)
         if self.weight_decay:
             torch._foreach_mul_(params, 1 - lr * self.weight_decay)
-        through = [i for i, name in enumerate(names) if name in self.parts and self.parts[name].cuts_matrix]
-        if through:
-            self._cut_matrices(
-                [self.parts[names[i]] for i in through],
-                *([tensors[i] for i in through] for tensors in (params, grads, momenta)),
-                lr,
-            )
-        here = [i for i in range(len(names)) if i not in set(through)]
-        cut = [[part for i in here for part in matrices(tensors[i])] for tensors in (params, grads, momenta)]
+        cut = [name in self.parts and self.parts[name].cuts_matrix for name in names]
+        here = [not through for through in cut]
+        self._whole_matrices(*(list(compress(x, here)) for x in (params, grads, momenta)), lr=lr)
+        if any(cut):
+            parts = [self.parts[name] for name in compress(names, cut)]
+            self._cut_matrices(parts, *(list(compress(x, cut)) for x in (params, grads, momenta)), lr=lr)
+
+    def _whole_matrices(self, *tensors: list[Tensor], lr: float) -> None:
+        """tensors: parameters, gradients and momenta."""
+        cut = [[part for x in some for part in matrices(x)] for some in tensors]
         for stack in stacks(cut[0]):
-            some_params, some_grads, some_momenta = ([parts[i] for i in stack] for parts in cut)
-            ahead = torch._foreach_lerp(some_grads, some_momenta, self.momentum)  # Nesterov
-            torch._foreach_add_(some_params, orthogonalize(ahead), alpha=-lr)
+            params, grads, momenta = ([parts[i] for i in stack] for parts in cut)
+            ahead = torch._foreach_lerp(grads, momenta, self.momentum)  # Nesterov
+            torch._foreach_add_(params, orthogonalize(ahead), alpha=-lr)
             del ahead
 
-    def _cut_matrices(
-        self, parts: list[Part], params: list[Tensor], grads: list[Tensor], momenta: list[Tensor], lr: float
-    ) -> None:
+    def _cut_matrices(self, parts: list[Part], *tensors: list[Tensor], lr: float) -> None:
         """The same for matrices that lie on several processes: a few at a time, of which each process takes some."""
-        for some in turns([math.prod(part.whole) for part in parts], parts[0].group.size(), params[0].device):
-            ahead = torch._foreach_lerp([grads[i] for i in some], [momenta[i] for i in some], self.momentum)
-            exchange = Exchange(ahead, [parts[i] for i in some])
+        sizes, group = [math.prod(part.whole) for part in parts], parts[0].group
+        for some in turns(sizes, group.size(), tensors[0][0].device):
+            params, grads, momenta = ([x[i] for i in some] for x in tensors)
+            exchange = Exchange(torch._foreach_lerp(grads, momenta, self.momentum), [parts[i] for i in some])
             wholes = exchange.there()
             flat = [part for whole in wholes for part in matrices(whole)]
             for stack in stacks(flat):
-                for i, done in zip(stack, orthogonalize([flat[i] for i in stack]), strict=True):
-                    flat[i].copy_(done)
-            torch._foreach_add_([params[i] for i in some], exchange.back(wholes), alpha=-lr)
+                torch._foreach_copy_([flat[i] for i in stack], orthogonalize([flat[i] for i in stack]))
+            torch._foreach_add_(params, exchange.back(wholes), alpha=-lr)
 
     def _adamw(self, lr: float) -> None:
         names = [name for name, p in self.others.items() if p.grad is not None]
@@ -152,9 +152,7 @@ class Optimizer:
             tensor.copy_(state[name])
         self.steps = int(state["steps"])
 
-    def _params_and_grads(
-        self, table: Mapping[str, Tensor], names: Sequence[str]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def _params_and_grads(self, table: Mapping[str, Tensor], names: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
         grads = _grads([table[name] for name in names])
         return [local(table[name]) for name in names], [local(g) for g in grads]
 
@@ -164,6 +162,8 @@ class Optimizer:
 
 def matrices(x: Tensor) -> list[Tensor]:
     """Views [n, rows, columns] of x [..., rows, columns], each of as many numbers as a stack has or of one matrix."""
+    if not x.numel():  # a process may hold nothing of it
+        return []
     if x.ndim > 3:  # one by one: a tensor that was read from a checkpoint need not be contiguous
         return [part for some in x for part in matrices(some)]
     flat = x if x.ndim == 3 else x.unsqueeze(0)

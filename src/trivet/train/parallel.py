@@ -105,6 +105,9 @@ class Ranks:
         return [bool(flag) for flag in flags.tolist()]
 
 
+ALONE = Ranks()
+
+
 def first() -> bool:
     """Whether this process writes what is written once."""
     return not dist.is_initialized() or dist.get_rank() == 0
@@ -185,7 +188,7 @@ def divide(model: Transformer, ranks: Ranks, device: torch.device) -> dict[str, 
     for layer in [*model.layers, *(module.layer for module in model.mtp)]:
         if experts > 1 and isinstance(layer.ffn, MoEFFN):
             cut(spread_experts(layer.ffn, sparse.get_group("experts")), sparse["copies", "shards"])
-        cut(layer, dense)  # type: ignore[arg-type]
+        cut(layer, dense)
     cut(model, dense)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -227,11 +230,15 @@ def check_experts(model: Transformer, ranks: Ranks) -> None:
         return
     counts = {m.spec.experts for m in model.modules() if isinstance(m, MoEFFN)}
     if not counts:
-        raise UserError(f"train.expert_shards = {ranks.expert_shards} needs experts, and this model has none: leave it out.")
+        raise UserError(
+            f"train.expert_shards = {ranks.expert_shards} needs experts, and this model has none: leave it out."
+        )
     for experts in sorted(counts):
         if experts % ranks.expert_shards:
             fit = ", ".join(str(n) for n in range(2, experts + 1) if experts % n == 0)
-            raise UserError(f"train.expert_shards = {ranks.expert_shards} does not divide {experts} experts; take one of {fit}.")
+            raise UserError(
+                f"train.expert_shards = {ranks.expert_shards} does not divide {experts} experts; take one of {fit}."
+            )
 
 
 @torch.no_grad()

@@ -46,8 +46,8 @@ from trivet.train.data import Batch, Documents, PackedBatches, share, stable_has
 from trivet.train.losses import head_loss
 from trivet.train.nested import shortened
 from trivet.train.optim import Optimizer, clip, schedule
-from trivet.train.parallel import divide, local, ranks_of
 from trivet.train.parallel import clip as clip_parts
+from trivet.train.parallel import divide, local, ranks_of
 
 Precision = Literal["fp32", "bf16"]
 TIMES = ("seconds", "tokens_per_second", "gflops", "mfu")  # metrics that differ from run to run
@@ -62,7 +62,10 @@ class TrainConfig(Frozen):
     accumulate: int = Field(default=1, gt=0, description="microbatches of an optimizer step, on all processes together")
     # How many processes there are is not what a run is: it may go on with others.
     shards: int = Field(
-        default=0, ge=0, exclude=True, description="processes that divide the model (FSDP); 0: all that torchrun started"
+        default=0,
+        ge=0,
+        exclude=True,
+        description="processes that divide the model (FSDP); 0: all that torchrun started",
     )
     expert_shards: int = Field(
         default=1, gt=0, exclude=True, description="divides experts further (EP): on shards x expert_shards processes"
