@@ -36,7 +36,8 @@ def test_forgotten_adapters_are_noticed(tmp_path: Path) -> None:
     forgetful = ADAPTED.replace(
         "def child(out):",
         "from trivet.train.checkpoint import State\n"
-        "State.apply = lambda self, model, optimizer: optimizer.load_state_dict(self.optimizer)\n"
+        "apply = State.apply\n"
+        "State.apply = lambda self, model, optimizer, parts: apply(self, adapted(), optimizer, parts)\n"
         "def child(out):",
     )
     codes, _ = run(tmp_path, [(int(signal.SIGKILL), None)], forgetful)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 
+RANK = int(os.environ.get("RANK", "0"))  # which of the processes that torchrun started
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -97,7 +99,7 @@ def train(
     """Pretrain or fine-tune: on tasks, on your own JSONL, or on plain text."""
     from trivet.recipes.kinds.train import TrainStage
 
-    _one_stage(config, TrainStage, overrides, out, device)
+    _one_stage(config, TrainStage, overrides, out, device, together=True)
 
 
 @app.command()
@@ -307,17 +309,21 @@ def plan(
 
 
 # ------------------------------------------------------------------------------------------- helpers
-def _one_stage(config: Path, schema: Any, overrides: list[str] | None, out: Path, device: str) -> None:
+def _one_stage(
+    config: Path, schema: Any, overrides: list[str] | None, out: Path, device: str, together: bool = False
+) -> None:
+    """together: as one of the processes that torchrun started, if it did."""
     from trivet.config import load
     from trivet.recipes.kinds.base import Context
     from trivet.recipes.progress import Live
     from trivet.recipes.stages import run_stage
+    from trivet.train.parallel import first, processes
 
     stage = load(config, schema, overrides or [])
-    on = _device(device, stage.threads)
-    with _interruptible(), Live() as live:
-        progress = live.watch(out.name, stage)
-        run_stage(stage, Context(out, out.parent, None, on, progress, live.say))
+    wanted = _device(device, stage.threads, together)
+    with _interruptible(), processes(wanted) as on, Live() as live:
+        progress = live.watch(out.name, stage) if first() else None
+        run_stage(stage, Context(out, out.parent, None, on, progress, live.say if first() else lambda text: None))
 
 
 @contextmanager
@@ -326,12 +332,18 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as e:
-        print(f"\ntrivet: {e or 'stopped'}", file=sys.stderr)
+        if RANK == 0:
+            print(f"\ntrivet: {e or 'stopped'}", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
-def _device(name: str, threads: int = 0) -> torch.device:
+def _device(name: str, threads: int = 0, together: bool = False) -> torch.device:
     import torch
+
+    if not together and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "Several processes (WORLD_SIZE is set) only work together in `trivet train`: start this without torchrun."
+        )
 
     from trivet.recipes.memory import keep_freed_memory
 
@@ -368,7 +380,7 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UserError as e:
-        sys.exit(f"trivet: {e}")
+        sys.exit(f"trivet: {e}" if RANK == 0 else f"trivet (process {RANK}): {e}")
     except BrokenPipeError:  # `trivet ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

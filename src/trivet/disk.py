@@ -4,7 +4,8 @@ A file or folder is written aside under a hidden name, flushed to the disk (fsyn
 into place; a rename is atomic on POSIX. A folder that replaces another needs two renames, so a
 crash between them can leave only the aside names: `settle` puts the old one back.
 
-Left out: several processes writing the same path at once (one run owns its folder).
+Several processes may fill one folder (`partial`), if one of them opens and closes it. Left out: several runs
+in one folder.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 @contextmanager
 def atomic_dir(final: Path) -> Iterator[Path]:
     """Fill the folder that is handed out; it becomes `final` when the block ends without error."""
-    aside, old = _aside(final, "partial"), _aside(final, "old")
+    aside, old = partial(final), _aside(final, "old")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         settle(final)
@@ -61,6 +62,11 @@ def atomic_dir(final: Path) -> Iterator[Path]:
         if aside.exists() or old.exists():
             with suppress(OSError):
                 settle(final)
+
+
+def partial(final: Path) -> Path:
+    """The folder that `atomic_dir(final)` hands out, for other processes that put files into it."""
+    return _aside(final, "partial")
 
 
 def settle(final: Path) -> None:

@@ -10,9 +10,10 @@ gradient; the backward pass, which frees a layer's activations and makes its gra
 Muon works on one stack of equal shapes after the other, and AdamW holds a copy of what it trains.
 
 FSDP (arXiv 2304.11277) divides weights, gradients and optimizer by `shards`, and gathers two layers at a
-time; expert parallelism divides the experts further, by `expert_shards`, so that a model stands on
-shards x expert_shards devices, each with rows of its own. Left out: buffers of communication, fragmentation,
-experts that are chosen more often than others, and on CUDA the workspaces of libraries.
+time, embedding and head for the whole step; expert parallelism divides the experts further, by `expert_shards`,
+so that a model stands on shards x expert_shards devices, each with rows of its own. What is gathered is fp32;
+in bf16 autograd keeps the cast copies of all layers, as on one device, unless they are recomputed.
+Left out: buffers of communication, fragmentation, experts that are chosen more often than others, and on CUDA the workspaces of libraries.
 """
 
 from __future__ import annotations
@@ -149,9 +150,7 @@ def layer_kept(layer: LayerSpec, d: int, s: Setting) -> int:
 
 
 def cast_bytes(layer: LayerSpec, d: int, s: Setting) -> int:
-    """bf16 copies of a layer's matrices, which autograd keeps too; FSDP gathers them again instead."""
-    if s.shards > 1:
-        return 0
+    """bf16 copies of a layer's matrices, which autograd keeps too."""
     here = sum(m.numbers // (s.expert_shards if m.routed else 1) for m in matrices(layer, d))
     return s.wide * here if s.wide < FP32 else 0
 
@@ -184,6 +183,8 @@ def training_memory(spec: ModelSpec, s: Setting) -> Training:
     head = (1 + spec.mtp) * s.wide * (s.tokens * spec.d_model + table)  # the gradients that the losses keep
     loss = _loss(spec, s)
     still = weights + optimizer + (gradients if s.accumulate > 1 else 0)
+    tables = (1 if spec.tie_embeddings else 2) * table
+    still += FP32 * tables if _apart(s) else 0  # gathered
     still += _masks(spec, s) if s.recompute else 0  # held until layers are computed again
     moments = Moments(
         round(still + kept + head + loss),
@@ -243,12 +244,17 @@ def _backward(spec: ModelSpec, s: Setting, kept: float, head: int) -> float:
         again = inside if s.recompute else 0
         gathered = 0.0
         mine = sum(m.numbers / (s.expert_shards if m.routed else 1) for m in matrices(layer, d))
-        if s.shards > 1:  # this layer's and the next one's weights, and this one's whole gradient
-            gathered = mine * (2 * s.wide + FP32)
+        if _apart(s):  # this layer's and the next one's weights, this one's whole gradient, and those of the tables
+            gathered = FP32 * (3 * mine + (1 if spec.tie_embeddings else 2) * spec.vocab_size * d)
         worst = max(worst, kept + done + again + gathered + s.tokens * _busy(layer, d, s))
         kept -= s.tokens * d * FP32 if s.recompute else inside
         done += fresh * mine
     return max(worst, done)
+
+
+def _apart(s: Setting) -> bool:
+    """Whether a model is divided, so that its layers are gathered."""
+    return s.shards * s.expert_shards > 1
 
 
 def _busy(layer: LayerSpec, d: int, s: Setting) -> float:

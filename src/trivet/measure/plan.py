@@ -9,6 +9,7 @@ quantised weights.
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from dataclasses import replace
 from functools import cache
@@ -113,7 +114,14 @@ def training_setting(ask: Question, train: dict[str, Any] | None = None) -> Sett
     """How a step is made: as asked, else as the run says, else one row as long as the context, in bf16."""
     run = {"length": ask.context} if train is None else {"precision": "fp32"} | train  # the trainer's own default
     given = ask.model_dump(include=set(Setting.model_fields), exclude_none=True)
-    return Setting(**{**{key: run[key] for key in Setting.model_fields if key in run}, **given})
+    mine = {key: run[key] for key in Setting.model_fields if run.get(key)}  # shards = 0: as many as there are processes
+    setting = Setting(**{**mine, **given})
+    devices = setting.shards * setting.expert_shards
+    if train is None or devices == 1 or "rows" in given:
+        return setting
+    turns = math.gcd(setting.accumulate, devices)  # a run's rows are those of all processes (train/data.py)
+    rows = max(1, setting.rows * turns // devices)
+    return setting.model_copy(update={"rows": rows, "accumulate": setting.accumulate // turns})
 
 
 def training_devices(spec: ModelSpec, device: Device, ask: Question, setting: Setting) -> int | None:

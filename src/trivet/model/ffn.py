@@ -108,6 +108,7 @@ class MoEFFN(Float32Buffers):
         self.down = nn.Parameter(torch.empty(spec.experts, spec.hidden, d_model))  # input-major: [E,F,D]
         self.shared = DenseFFN(spec.shared_hidden, d_model) if spec.shared_hidden else None
         self.shared_gate = nn.Parameter(torch.empty(1, d_model)) if spec.shared_gate else None
+        self.experts: nn.Module | None = None  # in place of gate_up and down, where processes share them (experts.py)
 
     @classmethod
     def from_spec(cls, spec: MoE, d_model: int) -> MoEFFN:
@@ -119,8 +120,10 @@ class MoEFFN(Float32Buffers):
         scores, chosen, gates = self._route(flat, routing)
         if routing is not None:
             self._record(routing, scores, chosen, x.shape, layout)
-        form = self._form(flat)
-        y = form(flat, chosen, gates, self.gate_up, self.down)
+        if self.experts is not None:
+            y = self.experts(flat, chosen, gates)
+        else:
+            y = self._form(flat)(flat, chosen, gates, self.gate_up, self.down)
         if self.shared is not None:
             always = self.shared(flat)
             if self.shared_gate is not None:

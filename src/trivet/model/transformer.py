@@ -30,7 +30,7 @@ from trivet.model.mla import LatentAttention
 from trivet.model.prompt import Prompt
 from trivet.spec import DualResidual, LayerSpec, ModelSpec, PostNorm, PreNorm
 
-Stream = tuple[Tensor, Tensor]  # (x, ResiDual's accumulator r); the other styles leave r alone
+Stream = tuple[Tensor, Tensor]  # (x, ResiDual's accumulator r; in the other styles r is empty)
 Part = Callable[[Tensor], Tensor]
 
 
@@ -71,15 +71,18 @@ def run_layer(
     Activation checkpointing (arXiv 1604.06174): only the stream between layers stays. Both runs are the same
     operations, so gradients are equal to the bit; what the router notes is noted by the first run only.
     """
-    if not recompute:
-        return layer(stream, layout, cache, routing)
+    if routing is None and not recompute:
+        return layer(stream, layout, cache, None)
     replay = routing.next_replay(layer.ffn) if routing is not None else None
 
     def inside(x: Tensor, r: Tensor) -> tuple[Stream, Routing]:
-        notes = Routing(replay=replay)
-        return layer((x, r), layout, None, notes), notes
+        notes = Routing(replay=replay)  # of this layer alone: FSDP would copy one that already holds a gradient
+        return layer((x, r), layout, cache, notes), notes
 
-    stream, notes = checkpoint(inside, *stream, use_reentrant=False, preserve_rng_state=False)
+    if recompute:
+        stream, notes = checkpoint(inside, *stream, use_reentrant=False, preserve_rng_state=False)
+    else:
+        stream, notes = inside(*stream)
     if routing is not None:
         routing.take(notes)
     return stream
@@ -225,7 +228,7 @@ class Transformer(nn.Module):
         return Layout(positions, batch, length, tokens.device, span if cached else None)
 
     def _enter(self, x: Tensor) -> Stream:
-        return x, (self.residual.gamma * x if isinstance(self.residual, DualResidual) else x)
+        return x, (self.residual.gamma * x if isinstance(self.residual, DualResidual) else x.new_empty(0))
 
     def _leave(self, stream: Stream, norm: Part) -> Tensor:
         x, r = stream

@@ -38,6 +38,7 @@ from trivet.recipes.kinds.train import TrainStage
 from trivet.recipes.workers import Tell, side_by_side
 from trivet.spec import Frozen
 from trivet.train.checkpoint import first_difference
+from trivet.train.parallel import first
 
 Stage = Annotated[
     TrainStage | RLStage | SampleStage | PreferenceStage | DistilStage | CompareStage | ReportStage,
@@ -142,7 +143,9 @@ def run_stage(stage: Stage, context: Context) -> dict[str, Any]:
     if (out / "done.json").exists():
         context.say(f"{out}: complete, skipped")
         return json.loads((out / "done.json").read_text())
-    write_atomic(asked, json.dumps(resolved, indent=1))
+    if first():
+        write_atomic(asked, json.dumps(resolved, indent=1))
     summary = RUNNERS[stage.kind](stage, context)
-    write_atomic(out / "done.json", json.dumps(summary, indent=1))
+    if first():
+        write_atomic(out / "done.json", json.dumps(summary, indent=1))
     return summary

@@ -6,13 +6,16 @@ first row with room, and the first that fits nowhere opens the next batch, so no
 by length. Documents in a row are told apart by positions that restart at 0. The last token of a
 document is only ever a target, so it takes no place in the row.
 
-Left out: shuffling a finite set without replacement (draw by index instead), and sharding over
-machines (give each its own seed).
+Several processes each make all documents of a step, because where one lies depends on the lengths of
+those before it, and keep the rows that are theirs (`share`): so the step is the same, however many they are.
+
+Left out: shuffling a finite set without replacement (draw by index instead).
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -157,6 +160,13 @@ class Batch:
             targets=self.targets.to(device, non_blocking=True),
         )
 
+    def some(self, rows: slice) -> Batch:
+        """These rows alone."""
+        tokens, positions, targets = self.tokens[rows], self.positions[rows], self.targets[rows]
+        real = positions[positions != PADDING]
+        count, context = int((targets != IGNORE).sum()), int((real + 1).sum())
+        return Batch(tokens, positions, targets, count, len(real), context, self.state)
+
     def targets_ahead(self, k: int) -> Tensor:
         """Targets of a module that looks `k` tokens further: [B, T], IGNORE past the document's end."""
         ahead = torch.full_like(self.targets, IGNORE)
@@ -221,6 +231,25 @@ class PackedBatches:
             document = Document(document.ids[:most], document.mask[:most])
         self._waiting = (index, document)
         return document
+
+
+def share(batches: Sequence[Batch], rank: int, world: int) -> list[Batch]:
+    """What one of `world` processes computes of a step: whole microbatches as far as they go round, else rows of each.
+
+    Every process gets as many microbatches, of as many rows. Raises UserError where that can't be.
+    """
+    turns = math.gcd(len(batches), world)
+    apart = world // turns  # processes that share a microbatch
+    rows, left = divmod(len(batches[0].tokens), apart)
+    if left:
+        raise UserError(
+            f"train.rows = {len(batches[0].tokens)} and train.accumulate = {len(batches)} can't be divided evenly over "
+            f"{world} processes: let accumulate, or rows, be a multiple of {world}."
+        )
+    if apart == 1:
+        return list(batches[rank::world])
+    first = rank // turns * rows
+    return [batch.some(slice(first, first + rows)) for batch in batches[rank % turns :: turns]]
 
 
 def lay_out(rows: Sequence[Sequence[Document]], length: int, state: int = 0) -> Batch:

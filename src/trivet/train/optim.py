@@ -14,19 +14,22 @@ decay. Small models have many small matrices, so matrices of one shape (or its t
 Newton-Schulz together, and everything elementwise is one foreach call. Together are at most `STACK`
 numbers, or one matrix: what an update holds beside the moments does not grow with the depth.
 
-Left out: per-parameter learning rates, sharding over devices.
+With several processes every update is one of what each holds (`parallel.py`); only matrices that are cut
+through are put together first, each on one process. Left out: per-parameter learning rates.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import compress
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from trivet.config import UserError
+from trivet.train.parallel import Exchange, Part, Parts, local
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 # Numbers that Newton-Schulz works on at a time: enough to fill a GPU; a CPU is faster in memory that it has just used.
@@ -45,14 +48,17 @@ class Optimizer:
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
+        parts: Parts | None = None,
     ):
+        """parts: how the parameters are divided over processes; None: not at all."""
+        self.parts: Parts = parts or {}
         self.matrices, self.others = dict(groups["matrices"]), dict(groups["others"])
         self.muon_lr, self.adam_lr, self.weight_decay = muon_lr, adam_lr, weight_decay
         self.momentum, self.betas, self.eps = momentum, betas, eps
         self.steps = 0
-        self._momenta = {name: torch.zeros_like(p) for name, p in self.matrices.items()}
-        self._means = {name: torch.zeros_like(p) for name, p in self.others.items()}
-        self._squares = {name: torch.zeros_like(p) for name, p in self.others.items()}
+        self._momenta = {name: torch.zeros_like(local(p)) for name, p in self.matrices.items()}
+        self._means = {name: torch.zeros_like(local(p)) for name, p in self.others.items()}
+        self._squares = {name: torch.zeros_like(local(p)) for name, p in self.others.items()}
 
     @torch.no_grad()
     def step(self, lr_scale: float = 1.0) -> None:
@@ -68,29 +74,51 @@ class Optimizer:
     def parameters(self) -> list[Tensor]:
         return [*self.matrices.values(), *self.others.values()]
 
+    def named(self) -> dict[str, Tensor]:
+        return self.matrices | self.others
+
     def _muon(self, lr: float) -> None:
         names = [name for name, p in self.matrices.items() if p.grad is not None]
         if not names:
             return
-        params = [self.matrices[name] for name in names]
-        grads = _grads(params)
+        params, grads = self._params_and_grads(self.matrices, names)
         momenta = [self._momenta[name] for name in names]
         torch._foreach_lerp_(momenta, grads, 1 - self.momentum)
         if self.weight_decay:
             torch._foreach_mul_(params, 1 - lr * self.weight_decay)
-        cut = [[part for x in tensors for part in matrices(x)] for tensors in (params, grads, momenta)]
+        cut = [name in self.parts and self.parts[name].cuts_matrix for name in names]
+        here = [not through for through in cut]
+        self._whole_matrices(*(list(compress(x, here)) for x in (params, grads, momenta)), lr=lr)
+        if any(cut):
+            parts = [self.parts[name] for name in compress(names, cut)]
+            self._cut_matrices(parts, *(list(compress(x, cut)) for x in (params, grads, momenta)), lr=lr)
+
+    def _whole_matrices(self, *tensors: list[Tensor], lr: float) -> None:
+        """tensors: parameters, gradients and momenta."""
+        cut = [[part for x in some for part in matrices(x)] for some in tensors]
         for stack in stacks(cut[0]):
-            some_params, some_grads, some_momenta = ([parts[i] for i in stack] for parts in cut)
-            ahead = torch._foreach_lerp(some_grads, some_momenta, self.momentum)  # Nesterov
-            torch._foreach_add_(some_params, orthogonalize(ahead), alpha=-lr)
+            params, grads, momenta = ([parts[i] for i in stack] for parts in cut)
+            ahead = torch._foreach_lerp(grads, momenta, self.momentum)  # Nesterov
+            torch._foreach_add_(params, orthogonalize(ahead), alpha=-lr)
             del ahead
+
+    def _cut_matrices(self, parts: list[Part], *tensors: list[Tensor], lr: float) -> None:
+        """The same for matrices that lie on several processes: a few at a time, of which each process takes some."""
+        sizes, group = [math.prod(part.whole) for part in parts], parts[0].group
+        for some in turns(sizes, group.size(), tensors[0][0].device):
+            params, grads, momenta = ([x[i] for i in some] for x in tensors)
+            exchange = Exchange(torch._foreach_lerp(grads, momenta, self.momentum), [parts[i] for i in some])
+            wholes = exchange.there()
+            flat = [part for whole in wholes for part in matrices(whole)]
+            for stack in stacks(flat):
+                torch._foreach_copy_([flat[i] for i in stack], orthogonalize([flat[i] for i in stack]))
+            torch._foreach_add_(params, exchange.back(wholes), alpha=-lr)
 
     def _adamw(self, lr: float) -> None:
         names = [name for name, p in self.others.items() if p.grad is not None]
         if not names:
             return
-        params = [self.others[name] for name in names]
-        grads = _grads(params)
+        params, grads = self._params_and_grads(self.others, names)
         means, squares = [self._means[n] for n in names], [self._squares[n] for n in names]
         beta1, beta2 = self.betas
         decaying = [p for p in params if p.ndim >= 2]
@@ -124,12 +152,18 @@ class Optimizer:
             tensor.copy_(state[name])
         self.steps = int(state["steps"])
 
+    def _params_and_grads(self, table: Mapping[str, Tensor], names: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
+        grads = _grads([table[name] for name in names])
+        return [local(table[name]) for name in names], [local(g) for g in grads]
+
     def _tables(self) -> dict[str, dict[str, Tensor]]:
         return {"momentum": self._momenta, "mean": self._means, "square": self._squares}
 
 
 def matrices(x: Tensor) -> list[Tensor]:
     """Views [n, rows, columns] of x [..., rows, columns], each of as many numbers as a stack has or of one matrix."""
+    if not x.numel():  # a process may hold nothing of it
+        return []
     if x.ndim > 3:  # one by one: a tensor that was read from a checkpoint need not be contiguous
         return [part for some in x for part in matrices(some)]
     flat = x if x.ndim == 3 else x.unsqueeze(0)
@@ -152,6 +186,17 @@ def stacks(parts: Sequence[Tensor]) -> Iterator[list[int]]:
             stack = open_[key] = []
         stack.append(i)
     yield from open_.values()
+
+
+def turns(sizes: Sequence[int], processes: int, device: torch.device) -> Iterator[list[int]]:
+    """Which of many matrices go together, so that each process gets about as much as Newton-Schulz works on at a time."""
+    some: list[int] = []
+    for i, size in enumerate(sizes):
+        if len(some) >= processes and sum(sizes[j] for j in some) + size > processes * most_numbers(device):
+            yield some
+            some = []
+        some.append(i)
+    yield some
 
 
 def orthogonalize(updates: Sequence[Tensor]) -> list[Tensor]:

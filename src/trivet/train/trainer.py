@@ -9,11 +9,13 @@ A step takes `accumulate` microbatches and minimises
 One divisor for the whole step, because a mean per microbatch would let a token count more the fewer
 tokens stand beside it. Muon and AdamW update, then the routers' biases move by the step's loads.
 
+On several processes (`parallel.py`) each computes its share of the rows; the sums above are over all of them.
+
 A run that is stopped at any moment, by Ctrl-C or kill -9, and started again with the same call ends
 with the same bits and the same metrics as one that was never stopped (times excepted): the data is
 a function of an index, randomness is seeded at every step, saving changes nothing.
 
-Left out: several devices, mixed precision, dropout.
+Left out: dropout.
 """
 
 from __future__ import annotations
@@ -36,13 +38,16 @@ from torch import Tensor
 from trivet.config import UserError
 from trivet.disk import Journal
 from trivet.model import Routing, Transformer
+from trivet.model.experts import plain_name
 from trivet.model.lora import adapter_parameters, fingerprint, training_flops_per_token
 from trivet.spec import Frozen
 from trivet.train.checkpoint import load_latest, save_state
-from trivet.train.data import Batch, Documents, PackedBatches, stable_hash
+from trivet.train.data import Batch, Documents, PackedBatches, share, stable_hash
 from trivet.train.losses import head_loss
 from trivet.train.nested import shortened
 from trivet.train.optim import Optimizer, clip, schedule
+from trivet.train.parallel import clip as clip_parts
+from trivet.train.parallel import divide, local, ranks_of
 
 Precision = Literal["fp32", "bf16"]
 TIMES = ("seconds", "tokens_per_second", "gflops", "mfu")  # metrics that differ from run to run
@@ -54,7 +59,17 @@ class TrainConfig(Frozen):
     steps: int = Field(gt=0, description="optimizer steps of the whole run")
     rows: int = Field(gt=0, description="rows of a microbatch")
     length: int = Field(gt=0, description="token slots of a row; documents are packed into it")
-    accumulate: int = Field(default=1, gt=0, description="microbatches of an optimizer step")
+    accumulate: int = Field(default=1, gt=0, description="microbatches of an optimizer step, on all processes together")
+    # How many processes there are is not what a run is: it may go on with others.
+    shards: int = Field(
+        default=0,
+        ge=0,
+        exclude=True,
+        description="processes that divide the model (FSDP); 0: all that torchrun started",
+    )
+    expert_shards: int = Field(
+        default=1, gt=0, exclude=True, description="divides experts further (EP): on shards x expert_shards processes"
+    )
     overflow: Literal["error", "cut"] = Field(
         default="error", description="a document longer than a row: stop, or cut its end off and count"
     )
@@ -100,10 +115,12 @@ def train(
 ) -> dict[str, Any]:
     """Train `model` in place and return the last metrics. Resumes from `out`/resume if it is there.
 
+    In a group of processes (`parallel.processes`) all call this; it leaves the model divided over them, and
+    `parallel.gathered` makes it whole. `progress` is called in the first one only.
     `evaluate` must not depend on anything but the model. Raises Interrupted on Ctrl-C or SIGTERM,
     UserError where the data, the disk or the loss went wrong.
     """
-    run = _Run(model.to(device), documents, config, Path(out), device)
+    run = _Run(model, documents, config, Path(out), device)
     try:
         with Deferred() as asked:
             while run.step < config.steps:
@@ -114,9 +131,10 @@ def train(
                     scores = run.evaluate(evaluate)
                 if last or scores or run.step % config.log_every == 0:
                     run.log(scores, progress)
-                if last or asked.stop or run.since_save() >= config.save_every_seconds:
+                stop, due = run.ranks.any(asked.stop, run.since_save() >= config.save_every_seconds)
+                if last or stop or due:
                     run.save()
-                if asked.stop and not last:
+                if stop and not last:
                     raise KeyboardInterrupt
     except KeyboardInterrupt:
         raise Interrupted(
@@ -138,32 +156,49 @@ class StepSums:
     loads: list[Tensor] = field(default_factory=list)  # [E] tokens a MoE layer
 
 
+@dataclass(frozen=True)
+class Divisors:
+    """By what the sums of a step are divided: known before the step, on every process."""
+
+    targets: int
+    ahead: list[int]  # targets of each prediction module
+    rows: int
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch], depths: int) -> Divisors:
+        ahead = [sum(int((b.targets_ahead(k) >= 0).sum()) for b in batches) for k in range(1, depths + 1)]
+        return cls(sum(b.count for b in batches), ahead, sum(len(b.tokens) for b in batches))
+
+
 def backward(
     model: Transformer,
     batches: Sequence[Batch],
     mtp_weight: float,
     precision: Precision = "fp32",
     recompute: bool = False,
+    divisors: Divisors | None = None,
 ) -> StepSums:
-    """Add the gradient of one step's loss, however its documents are spread over batches and rows."""
-    total = sum(batch.count for batch in batches)
+    """Add the gradient of one step's loss, however its documents are spread over batches and rows.
+
+    divisors: of the whole step, where these batches are a part of it. The sums are then those of the part.
+    """
     depths = model.spec.mtp
-    ahead = [[batch.targets_ahead(k) for k in range(1, depths + 1)] for batch in batches]
-    ahead_totals = [sum(int((a[k] >= 0).sum()) for a in ahead) for k in range(depths)]
+    of = divisors or Divisors.of(batches, depths)
     zero = torch.zeros((), device=batches[0].tokens.device)
     sums = StepSums(zero, zero, zero)
     products = torch.autocast(zero.device.type, torch.bfloat16, enabled=precision == "bf16")
-    for batch, further in zip(batches, ahead, strict=True):
+    for batch in batches:
         routing = Routing()
         with products:
             hidden = model(batch.tokens, batch.positions, routing=routing, recompute=recompute)
-            loss = head_loss(hidden.flatten(0, 1), model.head_weight, batch.targets.flatten())[0] / total
+            loss = head_loss(hidden.flatten(0, 1), model.head_weight, batch.targets.flatten())[0] / of.targets
             mtp = loss.new_zeros(())
             if depths:
                 outputs = model.mtp_hidden(hidden, batch.tokens, batch.positions, routing, recompute)
-                for h, targets, n in zip(outputs, further, ahead_totals, strict=True):
+                for k, (h, n) in enumerate(zip(outputs, of.ahead, strict=True), start=1):
+                    targets = batch.targets_ahead(k)
                     mtp = mtp + head_loss(h.flatten(0, 1), model.head_weight, targets.flatten())[0] / max(n, 1) / depths
-        balance = torch.as_tensor(routing.balance, device=loss.device) / len(batches)
+        balance = torch.as_tensor(routing.balance, device=loss.device) / (of.rows / len(batch.tokens))
         (loss + mtp_weight * mtp + balance).backward()
         sums.loss = sums.loss + loss.detach()
         sums.mtp = sums.mtp + mtp.detach()
@@ -180,7 +215,7 @@ class _Run:
         self, model: Transformer, documents: Documents, config: TrainConfig, out: Path, device: torch.device | str
     ):
         self.model, self.config, self.out, self.device = model, config, out, device
-        self.optimizer = Optimizer(model.optimizer_groups(), config.muon_lr, config.adam_lr, config.weight_decay)
+        self.ranks = ranks_of(config.shards, config.expert_shards)
         self.step, self.start, self.seconds = 0, 0, 0.0
         self.metrics: dict[str, Any] = {}
         self.totals = {"tokens": 0, "targets": 0, "slots": 0, "cut": 0}
@@ -192,19 +227,27 @@ class _Run:
             del self.identity["train"][harmless]
         if adapter_parameters(model):  # a state holds the adapters only
             self.identity["base"] = fingerprint(model)
+        self.parts = divide(model, self.ranks, torch.device(device)) if self.ranks.world > 1 else {}
+        if not self.parts:
+            model.to(device)
+        groups = {
+            kind: {plain_name(name): p for name, p in table.items()} for kind, table in model.optimizer_groups().items()
+        }
+        self.optimizer = Optimizer(groups, config.muon_lr, config.adam_lr, config.weight_decay, parts=self.parts)
         self.journal = Journal(out / "metrics.jsonl")
-        state = load_latest(out / "resume", self.identity)
+        state = load_latest(out / "resume", self.identity, self.ranks)
         if state is not None:
-            state.apply(model, self.optimizer)
+            state.apply(model, self.optimizer, self.parts)
             self.step, self.start, self.seconds = state.step, state.extra["document"], state.extra["seconds"]
             self.metrics, self.totals = state.extra["metrics"], state.extra["totals"]
         self.saved = self.step
-        self.journal.truncate_after(self.step)
+        if self.ranks.first:
+            self.journal.truncate_after(self.step)
         self.batches = PackedBatches(documents, config.rows, config.length, self.start, config.overflow)
         self.batches.cut = self.totals["cut"]
-        done = self.step >= config.steps
-        self.peak = 0.0 if done else measure_peak(device, config.precision)
-        self.board = Board(out / "tensorboard", self.step) if config.tensorboard and not done else None
+        writes = self.ranks.first and self.step < config.steps
+        self.peak = self.ranks.world * measure_peak(device, config.precision) if writes else 0.0
+        self.board = Board(out / "tensorboard", self.step) if config.tensorboard and writes else None
         self.began = self.saved_at = self.logged_at = time.perf_counter()
         self.flops_since_log = 0.0
         self.tokens_since_log = 0
@@ -214,10 +257,16 @@ class _Run:
         config = self.config
         torch.manual_seed(stable_hash(config.seed, self.step))
         packed = [next(self.batches) for _ in range(config.accumulate)]
-        batches = [batch.to(self.device) for batch in packed]
+        batches = [batch.to(self.device) for batch in share(packed, self.ranks.rank, self.ranks.world)]
+        of = Divisors.of(packed, self.model.spec.mtp)
         with shortened(self.model, config.nested_rank, stable_hash(config.seed, self.step, 1)):
-            self.sums = backward(self.model, batches, config.mtp_weight, config.precision, config.recompute)
-        self.norm = clip(self.optimizer.parameters(), config.clip)
+            sums = backward(self.model, batches, config.mtp_weight, config.precision, config.recompute, of)
+        loss, mtp, balance, *loads = self.ranks.sum([sums.loss, sums.mtp, sums.balance, *sums.loads])
+        self.sums = StepSums(loss, mtp, balance, loads)
+        if self.parts:
+            self.norm = clip_parts(self.optimizer.named(), self.parts, self.ranks, config.clip)
+        else:
+            self.norm = clip(self.optimizer.parameters(), config.clip)
         self.rate = schedule(self.step, config.steps, config.warmup, config.decay_share, config.final_lr, config.decay)
         self.optimizer.step(self.rate)
         self.optimizer.zero_grad()
@@ -263,10 +312,12 @@ class _Run:
             "seconds": self.seconds + now - self.began,
             "tokens_per_second": self.tokens_since_log / spent,
             "gflops": gflops,
-            "mfu": gflops / self.peak,
+            "mfu": gflops / self.peak if self.peak else 0.0,
         }
         self.logged_at, self.flops_since_log, self.tokens_since_log = now, 0.0, 0
         self.metrics = {"step": self.step, **values}
+        if not self.ranks.first:
+            return
         self.journal.append(self.step, **values)
         if self.board is not None:
             self.board.write(self.step, values)
@@ -277,19 +328,21 @@ class _Run:
         return time.perf_counter() - self.saved_at
 
     def save(self) -> None:
-        if not all(bool(torch.isfinite(p).all()) for p in self.optimizer.parameters()):
+        finite = all(bool(torch.isfinite(local(p)).all()) for p in self.optimizer.parameters())
+        if self.ranks.any(not finite)[0]:
             raise UserError(
                 f"The weights are not finite after step {self.step}, so that state was not saved; the "
                 f"last good one is step {self.saved}. Lower muon_lr or adam_lr, or warm up longer."
             )
-        self.journal.sync()
+        if self.ranks.first:
+            self.journal.sync()
         extra = {
             "document": self.batches.state,
             "seconds": self.seconds + time.perf_counter() - self.began,
             "metrics": self.metrics,
             "totals": self.totals,
         }
-        save_state(self.out / "resume", self.step, self.model, self.optimizer, self.identity, extra)
+        save_state(self.out / "resume", self.step, self.model, self.optimizer, self.identity, extra, self.ranks)
         self.saved, self.saved_at = self.step, time.perf_counter()
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from trivet.model.lora import LoRA
 from trivet.recipes.adapted import prepare
 from trivet.spec import Frozen
 from trivet.tasks import Task, make_task
+from trivet.train.parallel import host
 
 if TYPE_CHECKING:
     from trivet.recipes.stages import Recipe
@@ -68,7 +69,7 @@ class Context:
 def load_start(start: str, lora: LoRA | None, seed: int, context: Context) -> tuple[Path | None, Transformer, Chat]:
     """The model to go on from, ready to learn."""
     path = context.find(start)
-    model, chat = load_pair(path, context.device, torch.float32)  # learning needs exact weights
+    model, chat = load_pair(path, host(context.device), torch.float32)  # learning needs exact weights
     prepare(model, lora, path, seed, context.say)
     return path, model, chat
 

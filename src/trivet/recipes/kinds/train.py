@@ -19,6 +19,7 @@ from trivet.spec import ModelSpec
 from trivet.tasks import Climber, Split, Task, tools_for
 from trivet.train.data import Documents, Mixture, PackedBatches, TaskDocuments, TextDocuments
 from trivet.train.losses import head_loss
+from trivet.train.parallel import gathered
 from trivet.train.trainer import TrainConfig, train
 
 
@@ -76,7 +77,9 @@ def run(stage: TrainStage, context: Context) -> dict[str, Any]:
         model, documents, stage.train, context.out,
         progress=context.progress, evaluate=held_out_loss(stage, tasks, chat), device=context.device,
     )  # fmt: skip
-    save_result(model, chat, context.out, start)
+    whole = gathered(model)
+    if whole is not None:
+        save_result(whole, chat, context.out, start)
     return summary
 
 

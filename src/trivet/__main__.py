@@ -1,0 +1,5 @@
+"""`python -m trivet` is `trivet`; torchrun starts it so."""
+
+from trivet.cli import main
+
+main()
