@@ -2,12 +2,14 @@
 
 A grammar starts where the answer starts: while a thought is open, or may still be opened, it says nothing. Its mask is
 one bit a token of the vocabulary, worked out in Rust for all rows of a step at once and applied to their logits.
+That begins as soon as the token before is known, in a thread, and goes on while the model computes the next step.
 When nothing more can follow, the only token that is left is the end of the turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,8 @@ class Grammars:
             "lark": llguidance.LLMatcher.grammar_from_lark,
         }
         self._matcher, self._executor = llguidance.LLMatcher, llguidance.LLExecutor()
+        self._thread = ThreadPoolExecutor(1, "grammar")
+        self._coming: tuple[dict[int, int], Future[np.ndarray]] | None = None  # row of each matcher, by its id
 
     def start(self, grammar: Grammar) -> LLMatcher:
         """What says at every token which may follow. Raises UserError with the grammar's own mistake."""
@@ -51,13 +55,39 @@ class Grammars:
             raise UserError(f"The {grammar.kind} grammar can't be read: {matcher.get_error().strip()}.")
         return matcher
 
-    def allowed(self, matchers: list[LLMatcher], device: torch.device) -> Tensor:
+    def advance(self, matchers: Sequence[LLMatcher], tokens: Sequence[int]) -> list[str | None]:
+        """Each takes the token that was drawn -> what is wrong with it. Masks of what follows are then on their way."""
+        self._wait()  # nobody else may hold a matcher while its mask is worked out
+        taken = [matcher.consume_token(token) for matcher, token in zip(matchers, tokens, strict=True)]
+        errors = [None if ok else m.get_error().strip() for m, ok in zip(matchers, taken, strict=True)]
+        good = [matcher for matcher, ok in zip(matchers, taken, strict=True) if ok]
+        self._coming = {id(m): row for row, m in enumerate(good)}, self._thread.submit(self._masks, good)
+        return errors
+
+    def allowed(self, matchers: Sequence[LLMatcher], device: torch.device) -> Tensor:
         """[len(matchers), V] bool: which tokens may come next."""
+        known, coming = self._wait()
+        at = [known.get(id(matcher), -1) for matcher in matchers]
+        fresh = [matcher for matcher, row in zip(matchers, at, strict=True) if row < 0]
+        if fresh:  # their first token, or they come back
+            news = iter(range(len(coming), len(coming) + len(fresh)))
+            at, coming = [next(news) if row < 0 else row for row in at], np.concatenate((coming, self._masks(fresh)))
+        bits = torch.from_numpy(coming[at].view(np.uint8)).to(device).unsqueeze(-1)  # [n,V/8,1], whole words
+        return (bits >> torch.arange(8, device=device) & 1).bool().flatten(1)[:, : self.vocab_size]
+
+    def _wait(self) -> tuple[dict[int, int], np.ndarray]:
+        if self._coming is None:
+            return {}, self._masks([])
+        known, coming = self._coming
+        return known, coming.result()
+
+    def _masks(self, matchers: Sequence[LLMatcher]) -> np.ndarray:
+        """[len(matchers), V/32]: a bit a token. Rust gives back Python's lock meanwhile."""
         words = np.zeros((len(matchers), -(-self.vocab_size // 32)), np.int32)
-        rows = [(matcher, i) for i, matcher in enumerate(matchers)]
-        self._executor.unsafe_compute_mask_ptr(rows, words.ctypes.data, words.shape[1] * 4, len(matchers))
-        bits = torch.from_numpy(words.view(np.uint8)).to(device).unsqueeze(-1) >> torch.arange(8, device=device)
-        return (bits & 1).bool().flatten(1)[:, : self.vocab_size]
+        if matchers:
+            rows = [(matcher, i) for i, matcher in enumerate(matchers)]
+            self._executor.unsafe_compute_mask_ptr(rows, words.ctypes.data, words.shape[1] * 4, len(matchers))
+        return words
 
 
 def _tokenizer(chat: Chat, vocab_size: int) -> LLTokenizer:

@@ -100,11 +100,12 @@ class Writer:
         for live in self._topped.values():
             if live.row in place and writes[place[live.row]]:
                 self._report(live, int(produced[place[live.row]]), logits[place[live.row]])
-        for live, may in zip(lives, thinks, strict=True):
-            at = place[live.row]
-            if live.matcher is not None and may > -2 and token[at] != may and writes[at]:
-                if not live.matcher.consume_token(int(token[at])):
-                    failed.append((live.row, f"the grammar can't go on: {live.matcher.get_error().strip()}"))
+        bound = [
+            live
+            for live, may in zip(lives, thinks, strict=True)
+            if live.matcher is not None and may > -2 and token[place[live.row]] != may and writes[place[live.row]]
+        ]
+        failed += self._advance(bound, [int(token[place[live.row]]) for live in bound])
         rows_w, at_w = which[writes], r.wanted[which[writes]]
         r.tokens[rows_w, at_w], r.sampled[rows_w, at_w] = token[writes], True
         r.logprobs[rows_w, at_w], r.raw_logprobs[rows_w, at_w] = logprob[writes], raw[writes]
@@ -112,6 +113,17 @@ class Writer:
         r.thought[which] += stays & ~cut
         r.thinking[rows_w] = (thinking & ~closes | opens)[writes]
         return failed
+
+    def _advance(self, lives: list[Live], tokens: list[int]) -> list[tuple[int, str]]:
+        """The grammars of `lives` read what was drawn -> (row, error) where one can't go on."""
+        if self._grammars is None or not lives:
+            return []
+        errors = self._grammars.advance([live.matcher for live in lives], tokens)
+        return [
+            (live.row, f"the grammar can't go on: {error}")
+            for live, error in zip(lives, errors, strict=True)
+            if error is not None
+        ]
 
     @property
     def _asking(self) -> bool:
