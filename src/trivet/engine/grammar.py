@@ -43,7 +43,7 @@ class Grammars:
         }
         self._matcher, self._executor = llguidance.LLMatcher, llguidance.LLExecutor()
         self._thread = ThreadPoolExecutor(1, "grammar")
-        self._coming: tuple[dict[int, int], Future[np.ndarray]] | None = None  # row of each matcher, by its id
+        self._coming: tuple[list[LLMatcher], Future[np.ndarray]] | None = None  # their masks, in this order
 
     def start(self, grammar: Grammar) -> LLMatcher:
         """What says at every token which may follow. Raises UserError with the grammar's own mistake."""
@@ -61,7 +61,7 @@ class Grammars:
         taken = [matcher.consume_token(token) for matcher, token in zip(matchers, tokens, strict=True)]
         errors = [None if ok else m.get_error().strip() for m, ok in zip(matchers, taken, strict=True)]
         good = [matcher for matcher, ok in zip(matchers, taken, strict=True) if ok]
-        self._coming = {id(m): row for row, m in enumerate(good)}, self._thread.submit(self._masks, good)
+        self._coming = good, self._thread.submit(self._masks, good)
         return errors
 
     def allowed(self, matchers: Sequence[LLMatcher], device: torch.device) -> Tensor:
@@ -76,10 +76,11 @@ class Grammars:
         return (bits >> torch.arange(8, device=device) & 1).bool().flatten(1)[:, : self.vocab_size]
 
     def _wait(self) -> tuple[dict[int, int], np.ndarray]:
+        """-> the row of each matcher, by its id (which nobody else gets while it is in the list), and the masks."""
         if self._coming is None:
             return {}, self._masks([])
-        known, coming = self._coming
-        return known, coming.result()
+        matchers, coming = self._coming
+        return {id(matcher): row for row, matcher in enumerate(matchers)}, coming.result()
 
     def _masks(self, matchers: Sequence[LLMatcher]) -> np.ndarray:
         """[len(matchers), V/32]: a bit a token. Rust gives back Python's lock meanwhile."""

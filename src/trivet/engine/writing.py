@@ -62,9 +62,11 @@ class Writer:
             live = rows.live[row]
             if live is None or not live.request.sampling.prompt_logprobs:
                 continue
-            end, count = int(rows.computed[row]), int(counts[i])
-            follow = torch.from_numpy(rows.tokens[row, end - count + 1 : end + 1]).to(hidden.device)
-            for piece, ids in zip(hidden[i, :count].split(PROMPT_LOGITS), follow.split(PROMPT_LOGITS), strict=True):
+            first, stop = int(rows.computed[row] - counts[i]), min(int(rows.computed[row]), len(live.request.prompt) - 1)
+            seen = len(live.prompt_logprobs)  # it may come back, and be computed once more; its answer is none of this
+            follow = torch.from_numpy(rows.tokens[row, seen + 1 : stop + 1]).to(hidden.device)
+            states = hidden[i, seen - first : max(stop, seen) - first]
+            for piece, ids in zip(states.split(PROMPT_LOGITS), follow.split(PROMPT_LOGITS), strict=True):
                 logp = self.model.logits(piece).float().log_softmax(-1)
                 live.prompt_logprobs += logp.gather(-1, ids.unsqueeze(-1)).squeeze(-1).tolist()
 
