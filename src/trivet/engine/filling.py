@@ -126,7 +126,9 @@ class Filling:
         assert live is not None
         rows.filling[row] = computed < rows.wanted[row] - 1
         store = self.prefixes
-        whole = not rows.filling[row] and computed < rows.prompt_length[row]  # what was forced is kept when the row ends
+        whole = (
+            not rows.filling[row] and computed < rows.prompt_length[row]
+        )  # what was forced is kept when the row ends
         if store is not None and (whole or (store.states and computed % SNAPSHOT_EVERY == 0)):
             store.save(rows.tokens[row, :computed].tolist(), rows.caches, row)
         if rows.filling[row] or not live.followers:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from torch import Tensor
 from trivet.chat import Chat
 from trivet.config import UserError
 from trivet.messages import Grammar
+
+GRAMMARS = 64  # that are kept as they were read
 
 LLMatcher = Any  # llguidance is an extra: its types are not at hand
 LLTokenizer = Any
@@ -42,11 +45,18 @@ class Grammars:
             "lark": llguidance.LLMatcher.grammar_from_lark,
         }
         self._matcher, self._executor = llguidance.LLMatcher, llguidance.LLExecutor()
+        self._read = lru_cache(GRAMMARS)(self._compile)
         self._thread = ThreadPoolExecutor(1, "grammar")
-        self._coming: tuple[list[LLMatcher], Future[np.ndarray]] | None = None  # their masks, in this order
+        self._coming: tuple[list[LLMatcher], Future[tuple[np.ndarray, list[str | None]]]] | None = None
 
     def start(self, grammar: Grammar) -> LLMatcher:
-        """What says at every token which may follow. Raises UserError with the grammar's own mistake."""
+        """What says at every token which may follow. Raises UserError with the grammar's own mistake.
+
+        A copy is made in a microsecond and shares what its siblings find out about the grammar; to read one takes 400.
+        """
+        return self._read(grammar).deep_copy()
+
+    def _compile(self, grammar: Grammar) -> LLMatcher:
         try:
             matcher = self._matcher(self.tokenizer, self._compilers[grammar.kind](grammar.text), log_level=0)
         except (ValueError, TypeError) as e:
@@ -55,32 +65,38 @@ class Grammars:
             raise UserError(f"The {grammar.kind} grammar can't be read: {matcher.get_error().strip()}.")
         return matcher
 
-    def advance(self, matchers: Sequence[LLMatcher], tokens: Sequence[int]) -> list[str | None]:
-        """Each takes the token that was drawn -> what is wrong with it. Masks of what follows are then on their way."""
-        self._wait()  # nobody else may hold a matcher while its mask is worked out
-        taken = [matcher.consume_token(token) for matcher, token in zip(matchers, tokens, strict=True)]
-        errors = [None if ok else m.get_error().strip() for m, ok in zip(matchers, taken, strict=True)]
-        good = [matcher for matcher, ok in zip(matchers, taken, strict=True) if ok]
-        self._coming = good, self._thread.submit(self._masks, good)
-        return errors
+    def advance(self, matchers: list[LLMatcher], tokens: list[int]) -> None:
+        """Each takes the token that was drawn, and finds what may follow: in the thread, from now on."""
+        self._known()  # nobody else may hold a matcher meanwhile
+        self._coming = matchers, self._thread.submit(self._take, matchers, tokens)
+
+    def mistakes(self, matchers: Sequence[LLMatcher]) -> list[str | None]:
+        """What is wrong with the token that each took last."""
+        known, _, errors = self._known()
+        return [errors[known[id(matcher)]] if id(matcher) in known else None for matcher in matchers]
 
     def allowed(self, matchers: Sequence[LLMatcher], device: torch.device) -> Tensor:
         """[len(matchers), V] bool: which tokens may come next."""
-        known, coming = self._wait()
+        known, words, _ = self._known()
         at = [known.get(id(matcher), -1) for matcher in matchers]
         fresh = [matcher for matcher, row in zip(matchers, at, strict=True) if row < 0]
         if fresh:  # their first token, or they come back
-            news = iter(range(len(coming), len(coming) + len(fresh)))
-            at, coming = [next(news) if row < 0 else row for row in at], np.concatenate((coming, self._masks(fresh)))
-        bits = torch.from_numpy(coming[at].view(np.uint8)).to(device).unsqueeze(-1)  # [n,V/8,1], whole words
+            news = iter(range(len(words), len(words) + len(fresh)))
+            at, words = [next(news) if row < 0 else row for row in at], np.concatenate((words, self._masks(fresh)))
+        bits = torch.from_numpy(words[at].view(np.uint8)).to(device).unsqueeze(-1)  # [n,V/8,1], whole words
         return (bits >> torch.arange(8, device=device) & 1).bool().flatten(1)[:, : self.vocab_size]
 
-    def _wait(self) -> tuple[dict[int, int], np.ndarray]:
-        """-> the row of each matcher, by its id (which nobody else gets while it is in the list), and the masks."""
+    def _known(self) -> tuple[dict[int, int], np.ndarray, list[str | None]]:
+        """-> the row of each matcher, by its id (which nobody else gets while it is in the list); masks; errors."""
         if self._coming is None:
-            return {}, self._masks([])
-        matchers, coming = self._coming
-        return {id(matcher): row for row, matcher in enumerate(matchers)}, coming.result()
+            return {}, self._masks([]), []
+        matchers, done = self._coming
+        return {id(matcher): row for row, matcher in enumerate(matchers)}, *done.result()
+
+    def _take(self, matchers: list[LLMatcher], tokens: list[int]) -> tuple[np.ndarray, list[str | None]]:
+        taken = self._executor.consume_token_par(list(zip(matchers, tokens, strict=True)))
+        errors = [None if ok else m.get_error().strip() for m, ok in zip(matchers, taken, strict=True)]
+        return self._masks(matchers), errors
 
     def _masks(self, matchers: Sequence[LLMatcher]) -> np.ndarray:
         """[len(matchers), V/32]: a bit a token. Rust gives back Python's lock meanwhile."""

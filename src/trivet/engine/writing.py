@@ -62,7 +62,10 @@ class Writer:
             live = rows.live[row]
             if live is None or not live.request.sampling.prompt_logprobs:
                 continue
-            first, stop = int(rows.computed[row] - counts[i]), min(int(rows.computed[row]), len(live.request.prompt) - 1)
+            first, stop = (
+                int(rows.computed[row] - counts[i]),
+                min(int(rows.computed[row]), len(live.request.prompt) - 1),
+            )
             seen = len(live.prompt_logprobs)  # it may come back, and be computed once more; its answer is none of this
             follow = torch.from_numpy(rows.tokens[row, seen + 1 : stop + 1]).to(hidden.device)
             states = hidden[i, seen - first : max(stop, seen) - first]
@@ -75,9 +78,9 @@ class Writer:
         r, chat = rows, self.chat
         produced = r.wanted[which] - r.prompt_length[which]
         logits = self.model.logits(hidden)
-        broken = ~torch.isfinite(logits).all(-1).cpu().numpy()
-        failed = [(int(row), "the model's logits are not finite") for row in which[broken]]
-        logits = torch.nan_to_num(logits) if broken.any() else logits
+        failed = self._failing(which, logits)
+        broken = np.isin(which, list(failed))
+        logits = torch.nan_to_num(logits) if failed else logits
         place = (
             dict(zip(which[~broken].tolist(), np.flatnonzero(~broken).tolist(), strict=True)) if self._asking else {}
         )
@@ -107,25 +110,27 @@ class Writer:
             for live, may in zip(lives, thinks, strict=True)
             if live.matcher is not None and may > -2 and token[place[live.row]] != may and writes[place[live.row]]
         ]
-        failed += self._advance(bound, [int(token[place[live.row]]) for live in bound])
+        if self._grammars is not None and bound:
+            self._grammars.advance([live.matcher for live in bound], [int(token[place[live.row]]) for live in bound])
         rows_w, at_w = which[writes], r.wanted[which[writes]]
         r.tokens[rows_w, at_w], r.sampled[rows_w, at_w] = token[writes], True
         r.logprobs[rows_w, at_w], r.raw_logprobs[rows_w, at_w] = logprob[writes], raw[writes]
         r.wanted[rows_w] += 1
         r.thought[which] += stays & ~cut
         r.thinking[rows_w] = (thinking & ~closes | opens)[writes]
-        return failed
+        return list(failed.items())
 
-    def _advance(self, lives: list[Live], tokens: list[int]) -> list[tuple[int, str]]:
-        """The grammars of `lives` read what was drawn -> (row, error) where one can't go on."""
-        if self._grammars is None or not lives:
-            return []
-        errors = self._grammars.advance([live.matcher for live in lives], tokens)
-        return [
-            (live.row, f"the grammar can't go on: {error}")
-            for live, error in zip(lives, errors, strict=True)
-            if error is not None
-        ]
+    def _failing(self, which: np.ndarray, logits: Tensor) -> dict[int, str]:
+        """Those of the rows `which` that can't go on, and why."""
+        bad = ~torch.isfinite(logits).all(-1).cpu().numpy()
+        failed = dict.fromkeys(which[bad].tolist(), "the model's logits are not finite")
+        if self._grammars is not None:
+            rows = set(which.tolist())
+            bound = [live for live in self._steered.values() if live.matcher is not None and live.row in rows]
+            for live, mistake in zip(bound, self._grammars.mistakes([live.matcher for live in bound]), strict=True):
+                if mistake is not None:
+                    failed[live.row] = f"the grammar can't go on: {mistake}"
+        return failed
 
     @property
     def _asking(self) -> bool:
