@@ -122,7 +122,8 @@ class Writer:
 
     def _failing(self, which: np.ndarray, logits: Tensor) -> dict[int, str]:
         """Those of the rows `which` that can't go on, and why."""
-        bad = ~torch.isfinite(logits).all(-1).cpu().numpy()
+        extremes = torch.stack((logits.amin(-1), logits.amax(-1)))  # [2,B]; not a number wins both
+        bad = ~torch.isfinite(extremes).all(0).cpu().numpy()
         failed = dict.fromkeys(which[bad].tolist(), "the model's logits are not finite")
         if self._grammars is not None:
             rows = set(which.tolist())
