@@ -24,6 +24,8 @@ from trivet.recipes.memory import keep_freed_memory
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # peers.py: the weight mapping
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CLOCKS = {False: time.perf_counter, True: time.process_time}  # whether --cpu-time is on
+now = CLOCKS[False]
 
 
 def arguments(doc: str) -> argparse.ArgumentParser:
@@ -32,6 +34,7 @@ def arguments(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--keep-memory", action="store_true", help="keep freed memory, as the command line does")
+    parser.add_argument("--cpu-time", action="store_true", help="of this process, for a busy machine and one thread")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     return parser
 
@@ -44,10 +47,10 @@ def synchronise(device: str) -> None:
 
 def seconds(work: Callable[[], Any], device: str) -> float:
     synchronise(device)
-    start = time.perf_counter()
+    start = now()
     work()
     synchronise(device)
-    return time.perf_counter() - start
+    return now() - start
 
 
 def best(work: Callable[[], Any], device: str, times: int = 5) -> float:
@@ -57,7 +60,9 @@ def best(work: Callable[[], Any], device: str, times: int = 5) -> float:
 
 def machine(args: argparse.Namespace) -> dict[str, Any]:
     """Who measured, and what it can do at most: read bandwidth and matmul peak, both measured here."""
+    global now
     torch.set_num_threads(args.threads)
+    now = CLOCKS[args.cpu_time]
     if args.keep_memory:
         keep_freed_memory()
     device = args.device
@@ -66,6 +71,7 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
         "machine": torch.cuda.get_device_name() if torch.device(device).type == "cuda" else _cpu(),
         "device": device,
         "threads": args.threads,
+        "clock": now.__name__,
         "torch": torch.__version__,
         "keeps_memory": args.keep_memory,
         "load": os.getloadavg()[0],
@@ -113,7 +119,8 @@ def write(path: Path | None, results: dict[str, Any]) -> None:
 
 # -------------------------------------------------------------------------------------------- shapes
 def peer(shape: str, device: str, **changes: Any) -> Any:
-    """A transformers model with random weights: "dense" (Qwen3, 5.8M) or "moe" (DeepSeek-V3, 108M)."""
+    """A transformers model with random weights: "dense" (Qwen3, 5.8M), "dense-0.6b" (Qwen3-0.6B with 32k tokens, 473M),
+    "moe" (DeepSeek-V3, 108M) or "qwen-moe" (Qwen3-MoE, 111M)."""
     import transformers
 
     from peers import randomise
@@ -129,6 +136,19 @@ def peer(shape: str, device: str, **changes: Any) -> Any:
             "num_key_value_heads": 2, "head_dim": 64, "tie_word_embeddings": True,
         }  # fmt: skip
         model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**(config | changes)))
+    elif shape == "dense-0.6b":
+        config = common | {
+            "vocab_size": 32768, "hidden_size": 1024, "num_hidden_layers": 28, "intermediate_size": 3072,
+            "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
+        }  # fmt: skip
+        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**(config | changes)))
+    elif shape == "qwen-moe":
+        config = common | {
+            "hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1536, "num_attention_heads": 8,
+            "num_key_value_heads": 2, "head_dim": 64, "num_experts": 32, "num_experts_per_tok": 4,
+            "moe_intermediate_size": 256, "norm_topk_prob": True, "tie_word_embeddings": False,
+        }  # fmt: skip
+        model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**(config | changes)))
     else:
         config = common | {
             "hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1536, "first_k_dense_replace": 1,

@@ -1,24 +1,31 @@
-"""Generation tokens/s with a cache: Trivet against transformers' generate, same weights, greedy.
+"""Generation tokens/s with a cache: Trivet against transformers' generate and llama.cpp, same weights, greedy.
 
     python benchmarks/generate.py                       # batch 64, prompt 128, 64 new tokens
-    python benchmarks/generate.py --batch 1 --shape both
+    python benchmarks/generate.py --batch 1 --shape dense,moe
+    python benchmarks/generate.py --batch 1,8,64 --shape dense,qwen-moe --peers llama.cpp
 
-Prefill is part of the time. Prompts are equally long, so transformers has no padding to carry. In
-fp32 both must write the same tokens. The roofline of a step reads every weight and the cache once.
+Prefill is part of the time. Prompts are equally long, so transformers has no padding to carry.
+What all write must be what our model finds likeliest. The roofline of a step reads every weight and the cache once.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common import DTYPES, arguments, machine, peer, seconds, take_turns, write
+from common import DTYPES, arguments, machine, peer, take_turns, write
+from llama import Llama, missing
 from peers import twin
 from trivet.model import Transformer
+
+SHAPES = ("dense", "dense-0.6b", "moe", "qwen-moe")
+TOLERANCE = {"fp32": 0.02, "bf16": 0.1}  # logits of these models have a standard deviation of 1
+LLAMA_SHAPES = ("dense", "dense-0.6b", "qwen-moe")  # that benchmarks/llama.py can write
 
 
 @torch.inference_mode()
@@ -36,6 +43,17 @@ def generate(model: Transformer, prompt: Tensor, new: int) -> Tensor:
     return out
 
 
+@torch.inference_mode()
+def regret(model: Transformer, written: Tensor, prompt: int) -> float:
+    """By how much, on average, the tokens behind the prompt have lower logits in our model than its own choice would.
+
+    0 if all are its choice. A near tie may be broken the other way and the text goes on differently, at no regret.
+    """
+    logits = torch.cat([model.logits(model(row[None]))[0, prompt - 1 : -1].float() for row in written[:4]])
+    chosen = logits.gather(-1, written[:4, prompt:].flatten().unsqueeze(-1)).squeeze(-1)
+    return float((logits.amax(-1) - chosen).mean())
+
+
 def decode_roofline(model: Transformer, batch: int, context: int, bytes_per_s: float) -> float:
     """Seconds a step: the weights that a batch meets (all experts, at most) and the cache, read once."""
     size = model.embed.element_size()
@@ -45,52 +63,60 @@ def decode_roofline(model: Transformer, batch: int, context: int, bytes_per_s: f
     return (weights + batch * context * model.spec.cache_bytes_per_token(size)) / bytes_per_s
 
 
-def measure(shape: str, dtype: str, args: argparse.Namespace, facts: dict[str, Any]) -> dict[str, Any]:
+def measure(shape: str, dtype: str, batch: int, args: argparse.Namespace, facts: dict[str, Any]) -> dict[str, Any]:
     theirs = peer(shape, args.device).to(DTYPES[dtype]).eval()
     ours = twin(theirs)
     g = torch.Generator().manual_seed(0)
-    prompt = torch.randint(1, 8192, (args.batch, args.prompt), generator=g).to(args.device)
+    prompt = torch.randint(1, 8192, (batch, args.prompt), generator=g).to(args.device)
     mask = torch.ones_like(prompt)
 
-    def their_generate() -> Tensor:
-        return theirs.generate(
-            prompt, attention_mask=mask, max_new_tokens=args.new, min_new_tokens=args.new, do_sample=False
-        )
+    def their_generate(new: int) -> Tensor:
+        return theirs.generate(prompt, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False)
 
-    sides: dict[str, Callable[[], Tensor]] = {
-        "trivet": lambda: generate(ours, prompt, args.new),
-        "transformers": their_generate,
-    }
-    if dtype == "fp32":
-        same = float((sides["trivet"]() == sides["transformers"]()).float().mean())
-        if same < 0.98:  # a near tie may be broken the other way, and the row goes on differently
-            raise SystemExit(f"{shape}: only {same:.1%} of the tokens agree: nothing to compare.")
-    times = take_turns(sides, args.rounds, args.device)
-    speed = {name: args.batch * args.new / t for name, t in times.items()}
-    prefill = min(seconds(lambda: generate(ours, prompt, 1), args.device) for _ in range(3))
-    step = (times["trivet"] - prefill) / (args.new - 1)
-    floor = decode_roofline(ours, args.batch, args.prompt + args.new // 2, facts["bytes_per_s"])
-    ratio = speed["trivet"] / speed["transformers"]
-    print(
-        f"{shape:6} {dtype:5} batch {args.batch:3}  trivet {speed['trivet']:7.0f} tok/s (prefill {prefill * 1e3:.0f} ms, "
-        f"step {step * 1e3:.1f} ms, read roofline {floor * 1e3:.1f} ms)  transformers {speed['transformers']:7.0f} tok/s  "
-        f"ratio {ratio:.2f}"
-    )
-    return {"shape": shape, "dtype": dtype, "batch": args.batch, "prompt": args.prompt, "new": args.new,
-            "ratio": ratio, "step_s": step, "prefill_s": prefill, "roofline_step_s": floor} | speed  # fmt: skip
+    sides: dict[str, Callable[[int], Tensor]] = {"trivet": lambda new: generate(ours, prompt, new)}
+    if "transformers" in args.peers:
+        sides["transformers"] = their_generate
+    if "llama.cpp" in args.peers and shape in LLAMA_SHAPES:
+        llama = Llama(theirs, batch, args.prompt + args.new, args.threads)
+        sides["llama.cpp"] = lambda new: llama.generate(prompt, new)
+    for name, side in sides.items():
+        worst = regret(ours, side(args.new), args.prompt)
+        if worst > TOLERANCE[dtype]:
+            raise SystemExit(f"{shape} {dtype}: {name} writes other tokens (regret {worst:.3f}): nothing to compare.")
+    works = {name: partial(side, args.new) for name, side in sides.items()}
+    works |= {f"{name}, prefill": partial(side, 1) for name, side in sides.items()}
+    times = take_turns(works, args.rounds, args.device)
+    if "llama.cpp" in sides:
+        llama.close()
+    floor = decode_roofline(ours, batch, args.prompt + args.new // 2, facts["bytes_per_s"])
+    found: dict[str, Any] = {"shape": shape, "dtype": dtype, "batch": batch, "prompt": args.prompt, "new": args.new}
+    print(f"{shape:10} {dtype:5} batch {batch:3}  read roofline {floor * 1e3:.1f} ms a step")
+    for name in sides:
+        step = (times[name] - times[f"{name}, prefill"]) / (args.new - 1)
+        speed, ratio = batch * args.new / times[name], times[name] / times["trivet"]
+        print(f"    {name:12} {speed:7.0f} tok/s  prefill {times[f'{name}, prefill'] * 1e3:6.0f} ms  step {step * 1e3:7.2f} ms  "
+              f"trivet is {ratio:.2f}x")  # fmt: skip
+        found[name] = {"tokens_per_s": speed, "step_s": step, "prefill_s": times[f"{name}, prefill"], "ratio": ratio}
+    return found | {"roofline_step_s": floor}
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--shape", choices=["dense", "moe", "both"], default="dense")
+    parser.add_argument("--shape", default="dense", help=f"some of {','.join(SHAPES)}")
     parser.add_argument("--dtypes", default="fp32,bf16")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", default="64")
+    parser.add_argument("--peers", default="transformers,llama.cpp")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=64)
     args = parser.parse_args()
     facts = machine(args)
-    shapes = ["dense", "moe"] if args.shape == "both" else [args.shape]
-    results = [measure(shape, dtype, args, facts) for shape in shapes for dtype in args.dtypes.split(",")]
+    if "llama.cpp" in args.peers and missing():
+        print(missing())
+        args.peers = args.peers.replace("llama.cpp", "")
+    results = [
+        measure(shape, dtype, int(batch), args, facts)
+        for shape in args.shape.split(",") for dtype in args.dtypes.split(",") for batch in args.batch.split(",")
+    ]  # fmt: skip
     write(args.out, {"benchmark": "generate", "machine": facts, "results": results})
 
 

@@ -125,6 +125,55 @@ def test_streamed_pieces_join_to_the_parsed_message(pieces: list[str], inside: b
     assert sum(e.kind == "tool_call" for e in events) == len(whole.tool_calls)
 
 
+@settings(max_examples=150, deadline=None)
+@given(PIECES, st.booleans(), st.lists(st.sampled_from(["7", "7+", "++", "+h", "hé🙂", "é"]), max_size=3), st.data())
+def test_a_stop_string_ends_a_stream_and_its_message_alike(
+    pieces: list[str], inside: bool, stops: list[str], data: st.DataObject
+) -> None:
+    """However it is cut; between tags, against the rule written down on the text of each stretch."""
+    tags = {m: BPE.tokenizer.token_to_id(m) for m in ("<think>", "</think>", "<tool_call>", "</tool_call>", "<end>")}
+    pieces = [p for p in pieces if p != "<end>"]
+    ids = [i for p in pieces for i in ([tags[p]] if p in tags else BPE.encode_text(p))]
+    kept, stretch = list[str](), ""
+    for piece in [*pieces, "</think>"]:
+        if piece not in tags:
+            stretch += piece
+            continue
+        ends = [(stretch.find(stop) + len(stop), stretch.find(stop)) for stop in stops if stop in stretch]
+        kept.append(stretch[: min(ends)[1]] if ends else stretch)
+        if ends:
+            break
+        kept.append(piece)
+        stretch = ""
+    else:
+        kept = kept[:-1]
+    want = BPE.parse([i for p in kept for i in ([tags[p]] if p in tags else BPE.encode_text(p))], inside)
+    whole = BPE.parse(ids, inside, stops=stops)
+    assert whole == want
+    splitter, events, at = BPE.splitter(inside, stops=stops), [], 0
+    while at < len(ids):
+        step = data.draw(st.integers(1, 5))
+        events += splitter.push(ids[at : at + step])
+        at += step
+    events += splitter.finish()
+    assert splitter.message() == whole
+    assert "".join(e.text for e in events if e.kind == "reasoning") == (whole.reasoning or "")
+    assert "".join(e.text for e in events if e.kind == "text") == whole.content
+
+
+def test_what_may_become_a_stop_string_is_held_back() -> None:
+    splitter = BPE.splitter(stops=["++7"])
+    said = ["".join(e.text for e in splitter.push(BPE.encode_text(c))) for c in "a++h+++7h"]
+    assert said == ["a", "", "", "++h", "", "", "+", "", ""] and splitter.finish() == []
+
+
+def test_without_holding_back_a_stream_shows_half_a_stop_string(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin."""
+    monkeypatch.setattr("trivet.chat.split.longest_start", lambda text, wanted: 0)
+    splitter = BPE.splitter(stops=["++7"])
+    assert "".join(e.text for c in "a+++7h" for e in splitter.push(BPE.encode_text(c))) == "a+++7h"
+
+
 def test_malformed_calls_say_why() -> None:
     for text in ("{", "[]", '{"arguments": {}}', '{"name": "a", "arguments": 3}'):
         assert read_calls(BPE.syntax, text)[0].error

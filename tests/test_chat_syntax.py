@@ -335,7 +335,7 @@ def test_a_tag_cut_in_two_would_be_lost_if_nothing_were_held_back(monkeypatch: p
     chat = family("minimax-m1")
     ids = spelled(chat, '<tool_calls>{"name": "note"}</tool_calls>')
     assert known(chat.parse(ids).tool_calls) == [("note", {})]
-    monkeypatch.setattr(chat, "longest_start", lambda text: 0)
+    monkeypatch.setattr("trivet.chat.split.longest_start", lambda text, wanted: 0)
     assert chat.parse(ids).tool_calls == ()
 
 

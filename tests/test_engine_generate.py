@@ -330,6 +330,22 @@ def test_a_stream_comes_as_it_is_made() -> None:
     assert arrived[0] <= 3 and len(set(arrived)) > 10, "everything came at once: that is no stream"
 
 
+def test_neither_stream_nor_message_shows_a_stop_string() -> None:
+    messages, plain = [Message("user", "7+3=")], Sampling(temperature=1.0, seed=4, max_tokens=30, answer_reserve=2)
+    model = EngineModel(Engine(tags_often(), CHAT, 1, SLOTS), CHAT)
+    free = asyncio.run(model.complete(messages, (), plain))
+    said, kind = max((free.content, "text"), (free.reasoning or "", "reasoning"), key=lambda pair: len(pair[0]))
+    stop = said[3:5]
+    stopping = replace(plain, stop=(stop,))
+    whole = asyncio.run(model.complete(messages, (), stopping))
+    events = [event for _, event in collect(model, messages, stopping)]
+    assert whole.completion is not None and whole.completion.stop is StopReason.STOP_STRING
+    assert stop in whole.completion.text  # the exact tokens stay
+    assert "".join(e.text for e in events if e.kind == kind) == said[: said.index(stop)]
+    assert (whole.content if kind == "text" else whole.reasoning) == said[: said.index(stop)]
+    assert events[-1].message == whole
+
+
 def greedy(model: EngineModel) -> Callable[[str], Message]:
     async def one(text: str) -> Message:
         return await model.complete([Message("user", text)], (), Sampling(temperature=0.0, max_tokens=20))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trivet.engine.sampling import Settings, sample, truncate, uniform
+from trivet.engine.sampling import BLOCK, Settings, draw, sample, truncate, uniform
 
 V = 50
 
@@ -72,6 +72,21 @@ def test_frequencies_are_the_distribution(setting: dict[str, float]) -> None:
     torch.testing.assert_close(raw, logits.log_softmax(-1)[0][tokens], atol=1e-6, rtol=1e-6)
     tilted = (p * torch.linspace(0.7, 1.3, V)).double()  # the twin: a slightly other distribution is found out
     assert chi_square(tokens, tilted / tilted.sum()) > 4
+
+
+@pytest.mark.parametrize("size", [1, BLOCK - 1, BLOCK, 3 * BLOCK, 3 * BLOCK + 5])
+def test_a_draw_by_blocks_is_the_draw_from_the_running_sum(size: int) -> None:
+    g = torch.Generator().manual_seed(size)
+    p = torch.randn(4000, size, generator=g).mul(3).softmax(-1) * (torch.rand(4000, size, generator=g) < 0.3)
+    p[:, size // 2] += 1e-3
+    u = torch.rand(4000, generator=g, dtype=torch.float64)
+    u[:50], u[50:100] = 0.0, 1 - 2.0**-53  # the ends
+    cdf = p.double().cumsum(-1)
+    want = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(-1)
+    got = draw(p, u)
+    assert (got != want).float().mean() < 2e-3  # where u lies within rounding of a step, as at its end
+    assert (p.gather(-1, got[:, None]) > 0).all()  # what can't be drawn never is
+    assert size == 1 or (draw(p, 1 - u) != want).float().mean() > 0.1
 
 
 def test_greedy_takes_the_best_and_rows_keep_their_own_settings() -> None:

@@ -62,7 +62,8 @@ class Sampling:
 
     repetition_penalty: logits of tokens seen in prompt or answer are divided by it (multiplied where negative;
     arXiv 1909.05858). presence_penalty, frequency_penalty: subtracted once, and once for each time, from logits of
-    tokens in the answer. logit_bias: (token, added) pairs. stop_ids: tokens that end the completion, and stay in it.
+    tokens in the answer. logit_bias: (token, added) pairs. stop: strings that end the completion, whose message ends
+    before them while the completion keeps their tokens. stop_ids: tokens that end it, and stay in it.
     halt_repeating: end after so many sampled tokens in a row that the model's own distribution each gave more than 0.99.
     thinking: None = unlimited; "off" = the template's non-thinking prompt; N >= 0 = at most N
     reasoning tokens, then the closing message and the end-of-thinking tag are forced. What a person

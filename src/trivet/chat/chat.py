@@ -125,12 +125,6 @@ class Chat:
         if self.syntax.start:
             self.starts[self.syntax.start] = "tool_open"
 
-    def longest_start(self, text: str) -> int:
-        """How many characters at the end of a text may become a tag that is no token."""
-        longest = max(map(len, self.text_roles), default=1) - 1
-        ends = (text[len(text) - n :] for n in range(min(longest, len(text)), 0, -1))
-        return next((len(end) for end in ends if any(tag.startswith(end) for tag in self.text_roles)), 0)
-
     # --- files -----------------------------------------------------------------------------------
     @classmethod
     def load(cls, directory: Path) -> Chat:
@@ -293,19 +287,22 @@ class Chat:
                 return token == self.think_open_id
         return False
 
-    def parse(self, ids: Iterable[int], thinking: bool = False, tools: Sequence[ToolSpec] = ()) -> Message:
+    def parse(
+        self, ids: Iterable[int], thinking: bool = False, tools: Sequence[ToolSpec] = (), stops: Sequence[str] = ()
+    ) -> Message:
         """The assistant's message. Never raises: what can't be understood stays text.
 
         thinking: the prompt already opened the thinking block (after a tool result inside it).
         tools: what was offered; it says how arguments that are written as text are typed.
+        stops: strings before which the text ends.
         """
-        splitter = self.splitter(thinking, tools)
+        splitter = self.splitter(thinking, tools, stops)
         splitter.push(ids)
         splitter.finish()
         return splitter.message()
 
-    def splitter(self, thinking: bool = False, tools: Sequence[ToolSpec] = ()) -> Splitter:
-        return Splitter(self, thinking, tools)
+    def splitter(self, thinking: bool = False, tools: Sequence[ToolSpec] = (), stops: Sequence[str] = ()) -> Splitter:
+        return Splitter(self, thinking, tools, stops)
 
     def closes_call(self, ids: Sequence[int]) -> bool:
         """Whether a tool call has just been closed, for tags that are no token (`tool_close_id` is -1)."""

@@ -8,11 +8,13 @@ the text, however its tokens cut it: what may become a tag is held back until it
     a call that is never closed       is text, unless its syntax closes it with the message
     a thought inside a call           is part of the call; the end of the thought around it ends the call
     half a character                  waits for its other bytes; at the end it is shown as it is
+    a stop string                     ends the text before it, wherever it stands between tags; what may become one
+                                      is held back
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from trivet.chat.syntax import read_calls
@@ -24,15 +26,24 @@ if TYPE_CHECKING:
 Role = Literal["think_open", "think_close", "tool_open", "tool_close", "end"]
 
 
+def longest_start(text: str, wanted: Collection[str]) -> int:
+    """How many characters at the end of a text may become one of `wanted`."""
+    longest = max(map(len, wanted), default=1) - 1
+    ends = (text[len(text) - n :] for n in range(min(longest, len(text)), 0, -1))
+    return next((len(end) for end in ends if any(whole.startswith(end) for whole in wanted)), 0)
+
+
 class Splitter:
     """Tokens in, events out; the texts of one kind join to the field of `message()`, in any chunking.
 
     thinking: the prompt already opened the thinking block.
-    tools: what was offered; see `read_calls`.
+    tools: what was offered; see `read_calls`. stops: of several the one that is complete first, and then the longest.
     """
 
-    def __init__(self, chat: Chat, thinking: bool, tools: Sequence[ToolSpec] = ()) -> None:
-        self.chat, self.thinking, self.tools = chat, thinking, tools
+    def __init__(self, chat: Chat, thinking: bool, tools: Sequence[ToolSpec] = (), stops: Sequence[str] = ()) -> None:
+        self.chat, self.thinking, self.tools, self.stops = chat, thinking, tools, stops
+        self._stopped = False
+        self._waits = ""  # text that may become a stop string
         self.reasoning: str | None = "" if thinking else None
         self.content = ""
         self.calls: list[ToolCall] = []
@@ -48,7 +59,7 @@ class Splitter:
 
     def finish(self) -> list[Event]:
         """End of the completion."""
-        events = self._text(self._decoded(final=True), final=True)
+        events = self._until_stop(self._decoded(final=True), final=True)
         closed = self._block is not None and not self.chat.markers.tool_close
         return events + (self._close() if closed else self._drop())
 
@@ -59,10 +70,10 @@ class Splitter:
         role = self.chat.tag_ids.get(token)
         if role is None:
             self._pending.append(token)
-            return self._text(self._decoded(final=False), final=False)
-        events = self._text(self._decoded(final=True), final=True)
+            return self._until_stop(self._decoded(final=False), final=False)
+        events = self._until_stop(self._decoded(final=True), final=True)
         self._before = [token]
-        return events + self._tag(role, self.chat.decode([token]))
+        return events if self._stopped else events + self._tag(role, self.chat.decode([token]))
 
     def _decoded(self, final: bool) -> str:
         """The pending ids as text, or "" while a character's bytes are still arriving."""
@@ -73,6 +84,18 @@ class Splitter:
         if self._pending:
             self._before, self._pending = self._pending, []
         return text
+
+    def _until_stop(self, text: str, final: bool) -> list[Event]:
+        if self._stopped or not self.stops:
+            return [] if self._stopped else self._text(text, final)
+        text, self._waits = self._waits + text, ""
+        found = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
+        if found:
+            self._stopped = True
+            return self._text(text[: min(found)[1]], final=True)
+        keep = 0 if final else longest_start(text, self.stops)
+        self._waits = text[len(text) - keep :]
+        return self._text(text[: len(text) - keep], final)
 
     def _text(self, text: str, final: bool) -> list[Event]:
         """Text, in which tags may be written out."""
@@ -97,7 +120,7 @@ class Splitter:
             events += self._write(text[: found.start()])
             events += self._tag(self.chat.text_roles[found[0]], found[0])
             text = text[found.end() :]
-        keep = 0 if final else self.chat.longest_start(text)
+        keep = 0 if final else longest_start(text, self.chat.text_roles)
         self._held = text[len(text) - keep :]
         return events + self._write(text[: len(text) - keep])
 

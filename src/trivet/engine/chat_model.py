@@ -52,7 +52,7 @@ class EngineModel:
         """The same completion, piece by piece; the last event is "done" and carries the message."""
         request = self.request(messages, tools, sampling)
         id = self._add(request, messages)
-        splitter, seen = self.chat.splitter(self.chat.thinking_open(request.prompt), tools), 0
+        splitter, seen = self.chat.splitter(self.chat.thinking_open(request.prompt), tools, sampling.stop), 0
         completion = _out_of_room(request) if id is None else None
         while id is not None and completion is None:
             completion = dict(self.engine.step()).get(id)
@@ -129,7 +129,8 @@ class EngineModel:
             raise
 
     def message(self, request: Request, completion: Completion, tools: Sequence[ToolSpec]) -> Message:
-        parsed = self.chat.parse(completion.tokens, self.chat.thinking_open(request.prompt), tools)
+        inside, stops = self.chat.thinking_open(request.prompt), request.sampling.stop
+        parsed = self.chat.parse(completion.tokens, inside, tools, stops)
         return replace(parsed, cut=completion.budget_hit, completion=completion)
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from trivet.engine.policy import Full, Place, Policy
 from trivet.engine.request import UNLIMITED, Live, Saved
 from trivet.engine.sampling import Settings
-from trivet.model import Transformer
+from trivet.model import Routing, Transformer
 from trivet.model.cache import LayerCache
 
 SPAN_STEP = 16  # cache slots are read in multiples of this
@@ -44,7 +44,7 @@ class Rows:
         self._mixers = [layer.mixer for layer in model.layers] + list(extra)
         self.live: list[Live | None] = []  # row -> request, None where it has ended
         self.columns = min(FIRST_COLUMNS, most_columns)
-        self.capacity = 0
+        self.capacity = self.nbytes = 0
         self.caches: list[LayerCache] = []
         moe = [layer.ffn.top_k for layer in model.spec.layers if layer.ffn.kind == "moe"]
         self.experts = [np.zeros((0, self.columns, k), np.int32) for k in moe] if record_experts else []
@@ -94,9 +94,20 @@ class Rows:
         span = min(-(-(int(positions.max()) + 1) // SPAN_STEP) * SPAN_STEP, self.columns)
         return torch.from_numpy(tokens).to(self.device), torch.from_numpy(positions).to(self.device), max(span, 1)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(cache.nbytes for cache in self.caches)
+    def feed(self, part: slice, counts: np.ndarray) -> torch.Tensor:
+        """Compute the next counts[i] tokens of each row of a part of the batch -> hidden [n,T,D]."""
+        start = self.computed[part].copy()
+        tokens, positions, span = self.read_on(part, start, counts)
+        caches = self.caches if part.start == 0 else [cache.view(part) for cache in self.caches]
+        routing = Routing() if self.experts else None
+        hidden: torch.Tensor = self.model(tokens, positions, caches, span, routing)
+        if routing is not None:
+            real = np.arange(tokens.shape[1]) < counts[:, None]
+            row, column = np.nonzero(real)
+            for table, chosen in zip(self.experts, routing.experts, strict=True):
+                table[row + part.start, start[row] + column] = chosen.cpu().numpy()[real]
+        self.computed[part] += counts
+        return hidden
 
     # --- rows come and go --------------------------------------------------------------------------
     def start(self, live: Live) -> None:
@@ -196,12 +207,12 @@ class Rows:
             live.row = row
 
     # --- memory ------------------------------------------------------------------------------------
-    def reserve(self, rows: int, columns: int, most_rows: int) -> bool:
-        """Room for `rows` sequences of `columns` tokens; what is there stays. -> whether it had to grow."""
-        if rows <= self.capacity and columns <= self.columns:
-            return False
+    def reserve(self, rows: int, columns: int, most_rows: int = 0) -> None:
+        """Room for `rows` sequences of `columns` tokens; what is there stays. It grows ahead, up to `most_rows`."""
+        if rows <= self.capacity and min(columns, self.most_columns) <= self.columns:
+            return
         if rows > self.capacity:
-            rows = min(most_rows, max(rows, 2 * self.capacity))
+            rows = max(rows, min(most_rows, 2 * self.capacity))
         rows = max(rows, self.capacity)
         if columns > self.columns:
             columns = min(self.most_columns, max(columns, 2 * self.columns))
@@ -223,7 +234,7 @@ class Rows:
         for name, setting in settings.items():
             settings[name] = torch.cat((setting, setting.new_zeros(rows - len(setting))))
         self.capacity, self.columns = rows, columns
-        return True
+        self.nbytes = sum(cache.nbytes for cache in self.caches)
 
     def _tables(self) -> list[tuple[str, np.ndarray]]:
         return [(name, table) for name, table in vars(self).items() if isinstance(table, np.ndarray)]

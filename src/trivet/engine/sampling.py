@@ -10,7 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+BLOCK = 64  # of a vocabulary: sums of such blocks are cheap
 
 
 @dataclass
@@ -39,9 +42,9 @@ def sample(
     raw = logits.float().log_softmax(-1)  # [B,V]
     greedy = settings.temperature == 0
     start = raw if steered is None else steered.float().log_softmax(-1)
-    scaled = start / torch.where(greedy, 1.0, settings.temperature).unsqueeze(-1)
     cut = (settings.top_p < 1) | (settings.top_k > 0) | (settings.min_p > 0)
     if bool((settings.temperature != 1).any()) or bool(cut.any()):
+        scaled = start / torch.where(greedy, 1.0, settings.temperature).unsqueeze(-1)
         if bool(cut.any()):
             rows = cut.nonzero().squeeze(-1)
             scaled[rows] = truncate(scaled[rows], settings[rows])
@@ -50,13 +53,29 @@ def sample(
         logp = scaled.log_softmax(-1)
     else:
         logp = start
-    cdf = logp.double().exp().cumsum(-1)
-    u = uniform(settings.seed, index) * cdf[:, -1]
-    drawn = torch.searchsorted(cdf, u.unsqueeze(-1), right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
-    tokens = torch.where(greedy, start.argmax(-1), drawn)
+    tokens = draw(logp.exp(), uniform(settings.seed, index))
+    if bool(greedy.any()):
+        tokens = torch.where(greedy, start.argmax(-1), tokens)
     chosen = tokens.unsqueeze(-1)
     logprobs = torch.where(greedy, 0.0, logp.gather(-1, chosen).squeeze(-1))
     return tokens, logprobs, raw.gather(-1, chosen).squeeze(-1)
+
+
+def draw(p: Tensor, u: Tensor) -> Tensor:
+    """p [B,V] >= 0, u [B] in [0, 1) -> [B] the first token at which the running sum of p exceeds u times all of it.
+
+    By block first, then inside one: a running sum of the whole row in float64 takes longer than the rest of a step.
+    """
+    short = -p.shape[-1] % BLOCK
+    blocks = (F.pad(p, (0, short)) if short else p).unflatten(-1, (-1, BLOCK))  # [B,V/BLOCK,BLOCK]
+    ends = blocks.sum(-1).double().cumsum(-1)
+    target = u.unsqueeze(-1) * ends[:, -1:]
+    block = torch.searchsorted(ends, target, right=True).clamp_max(ends.shape[-1] - 1)  # [B,1]
+    inside = blocks[torch.arange(len(p), device=p.device), block.squeeze(-1)].double().cumsum(-1)  # [B,BLOCK]
+    # The two sums of a block may differ in their last digits; what has no probability is not drawn for that.
+    target = target - ends.gather(-1, block) + inside[:, -1:]
+    target = torch.minimum(target.clamp_min(0), inside[:, -1:] * (1 - 1e-12))
+    return (block * BLOCK + torch.searchsorted(inside, target, right=True)).squeeze(-1)
 
 
 def truncate(logits: Tensor, settings: Settings) -> Tensor:

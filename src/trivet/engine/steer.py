@@ -43,6 +43,7 @@ def steer(
     changed = logits.float().clone()
     for live, at, known in zip(lives, places, tokens, strict=True):
         _penalise(changed[at], live.request.sampling, known, len(live.request.prompt))
+    _bias(changed, lives, places)
     bound = [i for i, live in enumerate(lives) if live.matcher is not None and thinks[i] > -2]
     if bound:
         assert grammars is not None
@@ -56,7 +57,7 @@ def steer(
 
 
 def _penalise(row: Tensor, s: Sampling, known: np.ndarray, prompt: int) -> None:
-    """One row's penalties and biases, in place."""
+    """One row's penalties, in place."""
     if s.repetition_penalty != 1:
         seen = torch.from_numpy(np.unique(known)).to(row.device)
         value = row[seen]
@@ -65,8 +66,11 @@ def _penalise(row: Tensor, s: Sampling, known: np.ndarray, prompt: int) -> None:
         written, counts = np.unique(known[prompt:], return_counts=True)
         amount = s.presence_penalty + s.frequency_penalty * counts
         row[torch.from_numpy(written).to(row.device)] -= torch.from_numpy(amount).to(row)
-    if s.logit_bias:
-        ids, values = zip(*s.logit_bias, strict=True)
-        row.index_add_(
-            0, torch.tensor(ids, device=row.device), torch.tensor(values, dtype=row.dtype, device=row.device)
-        )
+
+
+def _bias(logits: Tensor, lives: Sequence[Live], places: Sequence[int]) -> None:
+    """All rows' biases, in place."""
+    named = [(at, *bias) for live, at in zip(lives, places, strict=True) for bias in live.request.sampling.logit_bias]
+    if named:
+        row, token, value = (torch.tensor(each, device=logits.device) for each in zip(*named, strict=True))
+        logits.index_put_((row, token), value.to(logits.dtype), accumulate=True)

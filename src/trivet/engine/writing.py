@@ -71,9 +71,14 @@ class Writer:
             live = rows.live[row]
             if live is None or not live.request.sampling.prompt_logprobs:
                 continue
-            end, count = int(rows.computed[row]), int(counts[i])
-            follow = torch.from_numpy(rows.tokens[row, end - count + 1 : end + 1]).to(hidden.device)
-            for piece, ids in zip(hidden[i, :count].split(PROMPT_LOGITS), follow.split(PROMPT_LOGITS), strict=True):
+            first, stop = (
+                int(rows.computed[row] - counts[i]),
+                min(int(rows.computed[row]), len(live.request.prompt) - 1),
+            )
+            seen = len(live.prompt_logprobs)  # it may come back, and be computed once more; its answer is none of this
+            follow = torch.from_numpy(rows.tokens[row, seen + 1 : stop + 1]).to(hidden.device)
+            states = hidden[i, seen - first : max(stop, seen) - first]
+            for piece, ids in zip(states.split(PROMPT_LOGITS), follow.split(PROMPT_LOGITS), strict=True):
                 logp = self.model.logits(piece).float().log_softmax(-1)
                 live.prompt_logprobs += logp.gather(-1, ids.unsqueeze(-1)).squeeze(-1).tolist()
 
@@ -82,9 +87,9 @@ class Writer:
         r, chat = rows, self.chat
         produced = r.wanted[which] - r.prompt_length[which]
         logits = self.model.logits(hidden)
-        broken = ~torch.isfinite(logits).all(-1).cpu().numpy()
-        failed = [(int(row), "the model's logits are not finite") for row in which[broken]]
-        logits = torch.nan_to_num(logits) if broken.any() else logits
+        failed = self._failing(which, logits)
+        broken = np.isin(which, list(failed))
+        logits = torch.nan_to_num(logits) if failed else logits
         place = (
             dict(zip(which[~broken].tolist(), np.flatnonzero(~broken).tolist(), strict=True)) if self._asking else {}
         )
@@ -112,11 +117,13 @@ class Writer:
                 self._report(live, int(produced[place[live.row]]), logits[place[live.row]])
         for could in sets or []:
             self._keep_sets(r, which, produced, writes, could)
-        for live, may in zip(lives, thinks, strict=True):
-            at = place[live.row]
-            if live.matcher is not None and may > -2 and token[at] != may and writes[at]:
-                if not live.matcher.consume_token(int(token[at])):
-                    failed.append((live.row, f"the grammar can't go on: {live.matcher.get_error().strip()}"))
+        bound = [
+            live
+            for live, may in zip(lives, thinks, strict=True)
+            if live.matcher is not None and may > -2 and token[place[live.row]] != may and writes[place[live.row]]
+        ]
+        if self._grammars is not None and bound:
+            self._grammars.advance([live.matcher for live in bound], [int(token[place[live.row]]) for live in bound])
         rows_w, at_w = which[writes], r.wanted[which[writes]]
         r.tokens[rows_w, at_w], r.sampled[rows_w, at_w] = token[writes], True
         r.logprobs[rows_w, at_w], r.raw_logprobs[rows_w, at_w] = logprob[writes], raw[writes]
@@ -124,6 +131,19 @@ class Writer:
         r.sure[which] = np.where(writes & (raw > log(SURE)), r.sure[which] + 1, 0)
         r.thought[which] += stays & ~cut
         r.thinking[rows_w] = (thinking & ~closes | opens)[writes]
+        return list(failed.items())
+
+    def _failing(self, which: np.ndarray, logits: Tensor) -> dict[int, str]:
+        """Those of the rows `which` that can't go on, and why."""
+        extremes = torch.stack((logits.amin(-1), logits.amax(-1)))  # [2,B]; not a number wins both
+        bad = ~torch.isfinite(extremes).all(0).cpu().numpy()
+        failed = dict.fromkeys(which[bad].tolist(), "the model's logits are not finite")
+        if self._grammars is not None:
+            rows = set(which.tolist())
+            bound = [live for live in self._steered.values() if live.matcher is not None and live.row in rows]
+            for live, mistake in zip(bound, self._grammars.mistakes([live.matcher for live in bound]), strict=True):
+                if mistake is not None:
+                    failed[live.row] = f"the grammar can't go on: {mistake}"
         return failed
 
     @property
