@@ -174,7 +174,8 @@ class Transformer(nn.Module):
         return self._leave(stream, self.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return linear(hidden, self.head_weight)
+        """[...,V] in the head's type, which may be wider than that of the layers."""
+        return linear(hidden.to(self.head_weight.dtype), self.head_weight)
 
     @property
     def head_weight(self) -> Tensor:

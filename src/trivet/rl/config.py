@@ -57,6 +57,10 @@ class RLConfig(Frozen):
     rows: int = Field(default=16, gt=0, description="rows of a microbatch of the update")
     length: int = Field(default=256, gt=0, description="token slots of a row; the longest episode that fits")
     recompute: bool = Field(default=False, description="activation checkpointing in the update, see TrainConfig")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="of products, in sampler and update; weights and optimizer stay fp32"
+    )
+    fp32_head: bool = Field(default=True, description="with bf16: the head's product stays fp32 on both sides")
     seed: int = Field(default=0, description="problems and episodes are hashes of it")
     mismatch_limit: float = Field(
         default=1e-3, gt=0, description="stop when KL(engine || trainer) a token exceeds this"

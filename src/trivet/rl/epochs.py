@@ -44,6 +44,7 @@ from trivet.config import UserError
 from trivet.model import Routing, Transformer
 from trivet.rl.config import RLConfig
 from trivet.rl.objectives import Objective, Totals, policy_loss
+from trivet.rl.precision import head_products, products
 from trivet.rl.reference import Reference
 from trivet.rl.update import Packed, deal, pack
 from trivet.train.losses import token_logprobs
@@ -201,10 +202,12 @@ class Updates:
 
     def logprobs(self, model: Transformer | Reference, part: Packed, routing: Routing) -> tuple[Tensor, Tensor]:
         """log p and entropy [N] of the tokens that the model wrote, under the distribution they were drawn from."""
-        hidden = model(part.tokens, part.positions, routing=routing, recompute=self.config.recompute)  # [B,T,D]
-        return token_logprobs(
-            hidden[part.wanted], model.head_weight, part.targets, self.config.temperature, sets=part.sets
-        )
+        c = self.config
+        with products(c, self.device):
+            hidden = model(part.tokens, part.positions, routing=routing, recompute=c.recompute)[part.wanted]  # [N,D]
+        with head_products(c, self.device):
+            hidden = hidden.to(model.head_weight.dtype)
+            return token_logprobs(hidden, model.head_weight, part.targets, c.temperature, sets=part.sets)
 
     def check_first(self, ratio: float, mismatch: float, step: int) -> None:
         if ratio != 0:

@@ -16,6 +16,9 @@
 At r = 1 the gradient of every row is the plain policy gradient A grad log pi under its normaliser;
 rows differ from the second update of a batch on, and by normaliser and advantage always.
 
+PPO (1707.06347) without its critic is the clip of grpo, dr_grpo and dapo with the settings `epochs` and `minibatches`
+(`epochs.py`), so it has no row. Before the first step every ratio is 1 and clip and cap do nothing.
+
 Tokens lie flat with the index of their sequence, so packed rows need no padding. Left out: critics,
 token-level advantages, DAPO's soft length punishment (a matter of reward), dual clip.
 """

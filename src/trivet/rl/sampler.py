@@ -35,6 +35,7 @@ from trivet.model import Transformer
 from trivet.rl.carry import Key, Replay, Started, as_recorded
 from trivet.rl.config import RLConfig
 from trivet.rl.objectives import advantages
+from trivet.rl.precision import sampling_model
 from trivet.rl.rollout import Attempt, Job, begin, draw_problems, grade, play
 from trivet.tasks import Task
 from trivet.train.data import stable_hash
@@ -157,7 +158,7 @@ class Sampler:
         c = self.config
         turns = c.max_turns > 1 and any(task.tools for task, _ in self.tasks)  # a turn goes on from the one before
         return Engine(
-            self.model, self.chat, min(c.max_rows, episodes), c.length + 1, torch.device(self.device),
+            sampling_model(self.model, c), self.chat, min(c.max_rows, episodes), c.length + 1, torch.device(self.device),
             record_experts=c.replay == "sampler", prefix_bytes=PREFIX_BYTES if turns else 0,
         )  # fmt: skip
 

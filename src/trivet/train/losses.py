@@ -88,9 +88,9 @@ def token_logprobs(
 
 def _log_softmax(h: Tensor, weight: Tensor, temperature: float, sets: Sets | None, part: slice) -> Tensor:
     """log p [n,V] of the tokens in `part`, h [n,D]."""
-    z = (h @ weight.T).float() / temperature
+    z = (h @ weight.T).float().div_(temperature)
     if sets is not None:
-        z = z.masked_fill_(sets.outside(part, len(weight)), NEVER)
+        z.masked_fill_(sets.outside(part, len(weight)), NEVER)
     return z.log_softmax(-1)
 
 
@@ -135,7 +135,7 @@ class _TokenLogprobs(torch.autograd.Function):
         for part in _chunks(len(targets), weight, chunk):
             logp = _log_softmax(hidden[part], weight, temperature, sets, part)
             logprobs[part] = logp.gather(-1, targets[part, None]).squeeze(-1)
-            entropy[part] = -(logp.exp() * logp).sum(-1)
+            entropy[part] = -logp.exp().mul_(logp).sum(-1)
             del logp  # or the next chunk is made beside this one
         ctx.save_for_backward(hidden, weight, targets, entropy)
         ctx.temperature, ctx.chunk, ctx.sets = temperature, chunk, sets
@@ -152,12 +152,12 @@ class _TokenLogprobs(torch.autograd.Function):
             logp = _log_softmax(h, weight, ctx.temperature, ctx.sets, part)
             p = logp.exp()
             a, b, mean = d_logprobs[part, None], d_entropy[part, None], entropy[part, None]
-            dz = p * -(a + b * (logp + mean))
-            dz.scatter_add_(-1, y, a)
-            dz = (dz / ctx.temperature).to(h.dtype)
-            d_hidden[part] = dz @ weight
+            dz = logp.add_(mean).mul_(b).add_(a).mul_(p).neg_()  # -p (a + b (log p + H)): two chunks live, as above
+            del logp, p
+            dz = dz.scatter_add_(-1, y, a).div_(ctx.temperature).to(h.dtype)
+            torch.mm(dz, weight, out=d_hidden[part])
             d_weight += dz.T @ h
-            del logp, p, dz
+            del dz
         return d_hidden, d_weight.to(weight.dtype), None, None, None, None
 
 
