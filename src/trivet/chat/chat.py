@@ -81,6 +81,10 @@ class Chat:
             raise UserError(f"The chat template can't be read: {e}.") from None
         self.use(markers)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To be sent to another process: a compiled template can't be, so the chat is made again there."""
+        return type(self), (self.tokenizer, self.template, self.markers)
+
     def use(self, markers: Markers) -> None:
         """Take these markers. Raises UserError where one is not in the vocabulary as it must be."""
         self.markers = markers

@@ -82,6 +82,9 @@ class TemplateChat(Chat):
     def config(self) -> dict[str, Any]:
         return super().config() | self.named
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.tokenizer, self.template, self.markers, self.named)
+
     def environment(self) -> ImmutableSandboxedEnvironment:
         return dress(super().environment())
 

@@ -20,6 +20,12 @@ class RLConfig(Frozen):
     dynamic: int = Field(
         default=1, gt=0, description="rounds at most: groups whose rewards agree are replaced by new problems (DAPO)"
     )
+    partial: float = Field(
+        default=1.0, gt=0, le=1, description="stop a step at this share of its episodes; the others go on in the next"
+    )
+    lag: int = Field(
+        default=0, ge=0, le=1, description="1: a process samples each batch while the one before is learnt from"
+    )
     temperature: float = Field(default=1.0, gt=0, description="of sampling, and of the probabilities trained")
     top_p: float = Field(default=1.0, gt=0, le=1, description="draw from the likeliest tokens that reach this share")
     top_k: int = Field(default=0, ge=0, description="draw from so many of the likeliest tokens; 0: from all")
@@ -75,4 +81,12 @@ class RLConfig(Frozen):
             find_objective(self.objective, self.overrides)
         except UserError as e:
             raise ValueError(str(e).rstrip(".")) from None
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_sample(self) -> RLConfig:
+        if self.partial < 1 and self.dynamic > 1:
+            raise ValueError("a step that is cut off has no further rounds: give either `partial` or `dynamic`")
+        if self.partial < 1 and self.lag:
+            raise ValueError("`partial` and `lag` are two ways not to wait for the last answer: give one of them")
         return self

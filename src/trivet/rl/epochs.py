@@ -12,6 +12,10 @@ without gradient before the first update. The difference between engine and trai
 corrected away: it is measured apart (`mismatch/*`, k3 estimate of KL(engine || trainer)), and a run
 stops when it exceeds what rounding explains, because then one of the two is wrong.
 
+Tokens of an episode that older weights sampled (`Row.stale`, see carry.py) have no such pass: the weights are gone. Their
+denominator is the engine's log-probability, so that the objective's clip bounds how far off-policy they count, and
+`stale/*` says how far the policy has moved from what sampled them. They count in none of the measures of fresh ones.
+
 Where the sampler left tokens out (top_p, top_k, min_p), both probabilities, and the reference's, are over what
 it left, token by token as it recorded it ("keep sampling mask", DeepSeek-V3.2, arXiv 2512.02556). With the whole
 vocabulary in the denominator every ratio would be wrong by the mass that was cut.
@@ -63,13 +67,19 @@ class Seen:
     tokens: int = 0
     worst: float = 0.0  # largest |log pi_trainer - log pi_engine|
     k3: float = 0.0
+    stale_tokens: int = 0
+    stale_k3: float = 0.0  # KL(what sampled them || the policy of now)
     shared: int = 0  # choices of experts that engine and trainer share
     choices: int = 0
 
     def add(self, part: Packed, logp: Tensor, routing: Routing) -> None:
         away = (logp - part.sampler).double()  # k3 of a rounding error is far below fp32
+        if part.stale is not None:
+            moved, away = away[part.stale], away[~part.stale]
+            self.stale_tokens += len(moved)
+            self.stale_k3 += (moved.expm1() - moved).sum().item()
         self.tokens += len(away)
-        self.worst = max(self.worst, away.abs().max().item())
+        self.worst = max(self.worst, away.abs().amax().item() if len(away) else 0.0)
         self.k3 += (away.expm1() - away).sum().item()
         for given, own in zip(routing.replay or [], routing.own, strict=True):
             known = given[given[..., 0] >= 0], own[given[..., 0] >= 0]  # [n,k] each
@@ -78,7 +88,12 @@ class Seen:
 
     @property
     def metrics(self) -> dict[str, float]:
-        values = {"mismatch/max_abs_log": self.worst, "mismatch/kl": self.k3 / self.tokens}
+        values = {"mismatch/max_abs_log": self.worst, "mismatch/kl": self.k3 / max(self.tokens, 1)}
+        if self.stale_tokens:
+            values |= {
+                "stale/share": self.stale_tokens / (self.tokens + self.stale_tokens),
+                "stale/kl": self.stale_k3 / self.stale_tokens,
+            }
         return values | ({"routing/agreement": self.shared / self.choices} if self.choices else {})
 
 
@@ -156,7 +171,7 @@ class Updates:
 
     def note(self, part: Packed, logp: Tensor, routing: Routing, seen: Seen) -> None:
         """Keep what the first forward pass over a part gave, for later updates."""
-        part.old = logp
+        part.old = logp if part.stale is None else torch.where(part.stale, part.sampler, logp)
         seen.add(part, logp, routing)
         if self.config.replay == "trainer":
             part.experts = routing.experts or None
@@ -179,6 +194,9 @@ class Updates:
                 logp_ref=part.reference, entropy=entropy, totals=batch.totals,
             )  # fmt: skip
             loss.backward()
+            if part.stale is not None:
+                fresh = (logp.detach() - part.old)[~part.stale].abs()
+                metrics["ratio_max_abs_log"] = fresh.amax() if len(fresh) else fresh.new_zeros(())
             done.add(metrics | {"loss": loss.detach()}, routing.loads)
         return done
 

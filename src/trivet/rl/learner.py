@@ -32,6 +32,7 @@ from trivet.config import UserError
 from trivet.disk import Journal
 from trivet.model import Routing, Transformer
 from trivet.model.lora import adapter_parameters, fingerprint
+from trivet.rl.ahead import Ahead
 from trivet.rl.config import RLConfig
 from trivet.rl.epochs import Updates
 from trivet.rl.objectives import advantages, find_objective
@@ -115,13 +116,18 @@ class _Run:
             del self.identity["rl"][harmless]
         if adapter_parameters(model):  # a state holds the adapters only
             self.identity["base"] = fingerprint(model)
-        self.sampler = Sampler(model, chat, tasks, config, device)
+        self.sampler = (
+            Ahead(model, chat, tasks, config, device, out / "ahead")
+            if config.lag
+            else Sampler(model, chat, tasks, config, device)
+        )
         self.step, self.seconds, self.metrics = 0, 0.0, {}
         self.journal, self.rollouts = Journal(out / "metrics.jsonl"), Journal(out / LINES)
         state = load_latest(out / "resume", self.identity)
         if state is not None:
             state.apply(model, self.optimizer)
             self.step, self.seconds, self.metrics = state.step, state.extra["seconds"], state.extra["metrics"]
+            self.sampler.load(state.step, state.extra["carried"])
         self.saved = self.step
         self.journal.truncate_after(self.step)
         self.rollouts.truncate_after(self.step)
@@ -144,13 +150,12 @@ class _Run:
             values |= self.updates.learn_from(sequences, advantage, self.step)
         self.step += 1
         ended = time.perf_counter()
-        tokens = sum(attempt.tokens for attempt in attempts)
         return values | {
             "trained_share": len(sequences) / len(attempts),
             "seconds": self.seconds + ended - self.began,
             "seconds_generating": generated - began,
             "seconds_training": ended - generated,
-            "tokens_per_second": tokens / (generated - began),
+            "tokens_per_second": batch.tokens / batch.seconds,
             "training_tokens_per_second": trained / (ended - generated),
         }
 
@@ -225,10 +230,14 @@ class _Run:
             )
         self.journal.sync()
         self.rollouts.sync()
-        extra = {"seconds": self.seconds + time.perf_counter() - self.began, "metrics": self.metrics}
+        extra = {
+            "seconds": self.seconds + time.perf_counter() - self.began, "metrics": self.metrics,
+            "carried": self.sampler.dump(self.step),
+        }  # fmt: skip
         save_state(self.out / "resume", self.step, self.model, self.optimizer, self.identity, extra)
         self.saved, self.saved_at = self.step, time.perf_counter()
 
     def close(self) -> None:
+        self.sampler.close()
         if self.board is not None:
             self.board.close()

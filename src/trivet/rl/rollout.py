@@ -9,15 +9,16 @@ A score that is not ok (grader failed, generation failed) is no reward: it is co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from trivet.agent.loop import Episode, Row, ToolStep, row, run_episode
 from trivet.config import UserError
 from trivet.engine import Engine, EngineModel
-from trivet.messages import Sampling, Score, StopReason
+from trivet.messages import ChatModel, Sampling, Score, StopReason
 from trivet.tasks import Problem, Task
-from trivet.tools import Tool, get_tool
+from trivet.tools import get_tool
 from trivet.train.data import stable_hash
 
 
@@ -33,22 +34,30 @@ class Job:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A job done: what happened, and what it is worth."""
+    """A job done: what happened, and what it is worth. stale: see Row, of the tokens of all its completions."""
 
     job: Job
     episode: Episode
     score: Score
+    stale: tuple[bool, ...] = ()
 
     @property
     def row(self) -> Row:
         """The ids that the model saw and wrote; raises UserError where no single row is what happened."""
         try:
-            return row(self.episode)
+            found = row(self.episode)
         except ValueError as e:
             raise UserError(
                 f"An episode of {self.job.task.name!r} can't be trained on: {e}. The chat template changes "
                 "earlier turns when it renders later ones; use one that only appends."
             ) from None
+        if not any(self.stale):
+            return found
+        stale, left = [False] * len(found.ids), list(self.stale)
+        for completion in self.episode.completions:
+            start, count = len(completion.prompt_tokens), len(completion.tokens)
+            stale[start : start + count], left = left[:count], left[count:]
+        return replace(found, stale=tuple(stale))
 
     @property
     def tokens(self) -> int:
@@ -77,17 +86,14 @@ class Attempt:
 def play(engine: Engine, jobs: Sequence[Job], max_turns: int) -> list[Attempt]:
     """Run all jobs, in order, over one engine. Deterministic: each job brings its own seed."""
     model = EngineModel(engine, engine.chat)
-    offered: dict[str, Tool] = {name: get_tool(name) for job in jobs if job.tools for name in job.task.tools}
-    episodes = model.run(
-        [
-            run_episode(
-                model, job.problem.messages, [offered[n] for n in job.task.tools] if job.tools else [],
-                job.sampling, max_turns,
-            )
-            for job in jobs
-        ]
-    )  # fmt: skip
+    episodes = model.run([begin(model, job, max_turns) for job in jobs])
     return [Attempt(job, episode, grade(job, episode)) for job, episode in zip(jobs, episodes, strict=True)]
+
+
+def begin(model: ChatModel, job: Job, max_turns: int) -> Coroutine[Any, Any, Episode]:
+    """The episode of a job, to be run."""
+    tools = [get_tool(name) for name in job.task.tools] if job.tools else []
+    return run_episode(model, job.problem.messages, tools, job.sampling, max_turns)
 
 
 def grade(job: Job, episode: Episode) -> Score:

@@ -19,21 +19,24 @@ a task that is solved gives way to the others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trivet.agent.loop import Episode
 from trivet.chat import Chat
-from trivet.engine import PREFIX_BYTES, Engine
-from trivet.messages import Sampling
+from trivet.engine import PREFIX_BYTES, Engine, EngineModel
+from trivet.messages import Sampling, StopReason
 from trivet.model import Transformer
+from trivet.rl.carry import Key, Replay, Started, as_recorded
 from trivet.rl.config import RLConfig
 from trivet.rl.objectives import advantages
 from trivet.rl.precision import sampling_model
-from trivet.rl.rollout import Attempt, Job, draw_problems, play
+from trivet.rl.rollout import Attempt, Job, begin, draw_problems, grade, play
 from trivet.tasks import Task
 from trivet.train.data import stable_hash
 
@@ -43,22 +46,32 @@ class Batch:
     """Graded episodes, those of a group one after the other, and what it took to get them."""
 
     attempts: list[Attempt]
+    tokens: int  # written in this step
     counts: dict[str, Any] = field(default_factory=dict)  # metrics
+    seconds: float = 0.0  # that it took
 
 
 class Sampler:
-    """Samples the batches of a run. No state but the weights of `model`."""
+    """Samples the batches of a run by the weights of `model`. Its state is what is carried: see carry.py."""
 
     def __init__(
         self, model: Transformer, chat: Chat, tasks: Sequence[tuple[Task, float]], config: RLConfig,
         device: torch.device | str,
     ):  # fmt: skip
         self.model, self.chat, self.tasks, self.config, self.device = model, chat, tasks, config, device
+        self.carried: list[Started] = []  # of groups that are not complete
+        self._episodes: dict[Key, tuple[Job, Episode]] = {}  # those of them that are done
 
     def sample(self, step: int) -> Batch:
         """The batch of a step, by the weights as they are."""
-        c = self.config
+        began = time.perf_counter()
         self.model.eval()
+        batch = self._rounds(step) if self.config.partial == 1 else self._part(step)
+        self.model.train()
+        return replace(batch, seconds=time.perf_counter() - began)
+
+    def _rounds(self, step: int) -> Batch:
+        c = self.config
         engine = self._engine(c.problems * c.group)
         attempts: list[Attempt] = []
         drawn, missing, rounds = 0, c.problems, 0
@@ -66,8 +79,66 @@ class Sampler:
             attempts += play(engine, self._jobs(step, drawn, missing), c.max_turns)
             drawn, rounds = drawn + missing, rounds + 1
             missing = c.problems - int(spread(attempts, c.group).sum())
-        self.model.train()
-        return Batch(attempts, {"rounds": rounds, "drawn": drawn} if c.dynamic > 1 else {})
+        counts = {"rounds": rounds, "drawn": drawn} if c.dynamic > 1 else {}
+        return Batch(attempts, sum(attempt.tokens for attempt in attempts), counts)
+
+    def _part(self, step: int) -> Batch:
+        """Go on with what was carried, begin as many new groups as ever, and stop when enough of that is done."""
+        c = self.config
+        new = [Started(step, p, g) for p in range(c.problems) for g in range(c.group)]
+        running = [s for s in self.carried if s.score is None] + new  # the oldest first: they must not starve
+        groups = {s.group for s in running}
+
+        def enough(done: list[bool]) -> bool:
+            open_groups = {s.group for s, over in zip(running, done, strict=True) if not over}
+            return sum(done) >= c.partial * len(running) and open_groups < groups  # some group is complete
+
+        whole = [s for s in self.carried if s.score is not None]
+        written = -sum(len(s.versions) for s in running)
+        for s, job, episode in self._play(running, enough):
+            over = episode.stop is not StopReason.CANCELLED
+            s = s.after(episode, step, grade(job, episode) if over else None)
+            written += len(s.versions)
+            whole.append(s)
+            if over:
+                self._episodes[s.key] = job, episode
+        whole.sort(key=lambda s: s.key)
+        open_groups = {s.group for s in whole if s.score is None}
+        self.carried = [s for s in whole if s.group in open_groups]
+        for s in self.carried:
+            if s.score is not None:
+                job, episode = self._episodes[s.key]
+                self._episodes[s.key] = job, as_recorded(episode)
+        over = [s for s in whole if s.group not in open_groups]
+        attempts = [
+            Attempt(*self._episodes.pop(s.key), s.score, tuple(version < step for version in s.versions))
+            for s in over if s.score is not None
+        ]  # fmt: skip
+        age = max((step - version for s in over for version in s.versions), default=0)
+        return Batch(attempts, written, {"carried": len(self.carried), "stale/steps": age})
+
+    def _play(
+        self, these: Sequence[Started], enough: Callable[[list[bool]], bool] = all
+    ) -> Iterator[tuple[Started, Job, Episode]]:
+        c = self.config
+        of_step = {step: self._jobs(step, 0, c.problems) for step in {s.step for s in these}}
+        jobs = [of_step[s.step][s.problem * c.group + s.episode] for s in these]
+        model = EngineModel(self._engine(max(len(these), 1)), self.chat)
+        episodes = [begin(Replay(model, s.turns), job, c.max_turns) for s, job in zip(these, jobs, strict=True)]
+        return zip(these, jobs, model.run(episodes, enough), strict=True)
+
+    # --- state --------------------------------------------------------------------------------------
+    def dump(self, step: int) -> list[str]:
+        """What step `step` depends on besides weights and its number."""
+        return [s.dump() for s in self.carried]
+
+    def load(self, step: int, records: Sequence[str]) -> None:
+        self.carried = [Started.load(record) for record in records]
+        whole = [s for s in self.carried if s.score is not None]
+        self._episodes = {s.key: (job, episode) for s, job, episode in self._play(whole)}
+
+    def close(self) -> None:
+        """Nothing is open."""
 
     def _jobs(self, step: int, first: int, count: int) -> list[Job]:
         """The episodes of the problems `first` to `first` + `count` of a step, a group's one after the other."""

@@ -35,6 +35,7 @@ class Packed:
     sampler: Tensor  # its log-probability in the engine
     sets: Sets | None = None  # what it was drawn from, if not from the whole vocabulary
     experts: list[Tensor] | None = None  # to be replayed, [B,T,k] a MoE layer; -1: not known
+    stale: Tensor | None = None  # which of them older weights sampled; None: none
     old: Tensor | None = None  # in the trainer, before the batch's first update
     reference: Tensor | None = None  # in the starting model
 
@@ -43,6 +44,7 @@ class Packed:
             self.tokens.to(device), self.positions.to(device), self.wanted.to(device), self.targets.to(device),
             self.sequence.to(device), self.sampler.to(device), self.sets and self.sets.to(device),
             self.experts and [layer.to(device) for layer in self.experts],
+            None if self.stale is None else self.stale.to(device),
         )  # fmt: skip
 
 
@@ -106,6 +108,7 @@ def _microbatch(rows: Sequence[Row], ends: Sequence[int], lines: Sequence[Sequen
     return Packed(
         batch.tokens, batch.positions, wanted, batch.targets[wanted], torch.tensor(sequence), torch.tensor(sampler),
         _sets([rows[i] for line in lines for i in line]), _experts(rows, ends, lines, length),
+        _stale([rows[i] for line in lines for i in line]),
     )  # fmt: skip
 
 
@@ -119,6 +122,14 @@ def _sets(rows: Sequence[Row]) -> Sets | None:
         drawn += [found[at] for at, trained in enumerate(row.trained) if trained]
     offsets = np.cumsum([0, *map(len, drawn)])
     return Sets(torch.from_numpy(np.concatenate(drawn)), torch.from_numpy(offsets))
+
+
+def _stale(rows: Sequence[Row]) -> Tensor | None:
+    """Which trained tokens older weights sampled, in their order."""
+    if not any(row.stale for row in rows):
+        return None
+    marks = [zip(row.stale or (False,) * len(row.ids), row.trained, strict=True) for row in rows]
+    return torch.tensor([stale for row in marks for stale, trained in row if trained])
 
 
 def _experts(
