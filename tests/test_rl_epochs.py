@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,25 @@ def test_the_engines_choices_are_replayed(tmp_path: Path) -> None:
     last = learn(model, CHAT, [(Calls(), 1.0)], config(problems=8, replay="sampler", epochs=2), tmp_path)
     assert last["ratio/max_abs_log"] == 0.0 and last["mismatch/max_abs_log"] < 1e-4
     assert last["routing/agreement"] == 1.0
+
+
+def test_what_the_engine_did_not_record_is_replayed_from_the_first_pass() -> None:
+    model = make("gqa/moe*2", noise=0.3)
+    whole = some_rows(model, record=True)
+    rows = [replace(row, experts=()) if i % 2 else row for i, row in enumerate(whole)]
+    learner = updates_of(model, replay="sampler", rows=2, length=64)
+    batch = learner.minibatch(rows, range(len(rows)), torch.linspace(-1, 1, len(rows)))
+    before = [part.experts for part in batch.parts]
+    assert any(e is None or (e[0][part.positions >= 0] < 0).any() for e, part in zip(before, batch.parts, strict=True))
+    learner.backward(batch, Seen())
+    for given, part in zip(before, batch.parts, strict=True):
+        assert part.experts is not None
+        for layer, known in zip(part.experts, given or [], strict=given is not None):
+            assert (layer >= 0).all() and torch.equal(layer[known >= 0], known[known >= 0])
+        again = Routing(replay=part.experts)
+        with torch.no_grad():
+            got = learner.logprobs(model, part, again)[0]
+        assert part.old is not None and torch.equal(got, part.old)
 
 
 def test_later_updates_replay_or_not(tmp_path: Path) -> None:

@@ -9,6 +9,9 @@ Three moments compete for the peak (`Moments`): the end of the forward pass, whe
 gradient; the backward pass, which frees a layer's activations and makes its gradients; the update, in which
 Muon works on one stack of equal shapes after the other, and AdamW holds a copy of what it trains.
 
+An update of RL (`rl/epochs.py`) is the same step, but for prediction modules, which it does not run; the reference
+of a KL term is one more copy of the weights.
+
 FSDP (arXiv 2304.11277) divides weights, gradients and optimizer by `shards`, and gathers two layers at a
 time, embedding and head for the whole step; expert parallelism divides the experts further, by `expert_shards`,
 so that a model stands on shards x expert_shards devices, each with rows of its own. What is gathered is fp32;

@@ -23,8 +23,8 @@ vocabulary in the denominator every ratio would be wrong by the mass that was cu
 With experts, a flipped choice is a change of the ratio that no weight explains. So choices are replayed, while the
 gates, and their gradients, are the live router's: `trainer` replays from the second pass on what the first one
 chose ("routing replay", GSPO, 2507.18071), `sampler` replays what the engine chose from the first pass on (R3,
-2510.11370), for tokens that it computed for the episode itself; the others (found in its prefix store) are routed
-anew. `routing/agreement` is the share of its choices that the trainer's router shares.
+2510.11370), for tokens that it computed for the episode itself; of the others (found in its prefix store, or
+carried over from an earlier step) the trainer's first choice is replayed. `routing/agreement` is the share of its choices that the trainer's router shares.
 
 Left out: shuffling between epochs (minibatches are the same in each, so what was recorded stays with its rows).
 """
@@ -173,7 +173,7 @@ class Updates:
         """Keep what the first forward pass over a part gave, for later updates."""
         part.old = logp if part.stale is None else torch.where(part.stale, part.sampler, logp)
         seen.add(part, logp, routing)
-        if self.config.replay == "trainer":
+        if self.config.replay != "none":  # also where the engine's choice was not known
             part.experts = routing.experts or None
         if self.reference is not None:
             with torch.no_grad():

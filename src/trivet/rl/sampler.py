@@ -133,7 +133,7 @@ class Sampler:
         c = self.config
         of_step = {step: self._jobs(step, 0, c.problems) for step in {s.step for s in these}}
         jobs = [of_step[s.step][s.problem * c.group + s.episode] for s in these]
-        model = EngineModel(self._engine(max(len(these), 1)), self.chat)
+        model = EngineModel(self._engine(len(these)), self.chat)
         episodes = [begin(Replay(model, s.turns), job, c.max_turns) for s, job in zip(these, jobs, strict=True)]
         return zip(these, jobs, model.run(episodes, enough), strict=True)
 
@@ -145,7 +145,7 @@ class Sampler:
     def load(self, step: int, records: Sequence[str]) -> None:
         self.carried = [Started.load(record) for record in records]
         whole = [s for s in self.carried if s.score is not None]
-        self._episodes = {s.key: (job, episode) for s, job, episode in self._play(whole)}
+        self._episodes = {s.key: (job, episode) for s, job, episode in self._play(whole)} if whole else {}
 
     def close(self) -> None:
         """Nothing is open."""
