@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_rl_learner import CHAT, config, make
 from torch.profiler import ProfilerActivity, profile
 
+from test_rl_learner import CHAT, config, make
 from trivet.agent.loop import Row
 from trivet.model import Transformer
 from trivet.rl.epochs import Seen, Updates

@@ -73,7 +73,9 @@ class Started:
 
 
 def _turn(values: dict[str, Any]) -> Completion:
-    lists: dict[str, Any] = {name: tuple(values.pop(name)) for name in ("tokens", "sampled", "logprobs", "raw_logprobs")}
+    lists: dict[str, Any] = {
+        name: tuple(values.pop(name)) for name in ("tokens", "sampled", "logprobs", "raw_logprobs")
+    }
     sets, stop = values.pop("sets"), StopReason(values.pop("stop"))
     if sets is not None:
         ids, ends = sets
