@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from test_chat_syntax import family
 from test_rl_learner import CHAT, Broken, Calls, Digits, config, make
 from trivet.config import UserError
 from trivet.messages import Message
@@ -73,8 +74,10 @@ def test_one_way_at_a_time() -> None:
         config(partial=0.5, lag=1)
 
 
-def test_a_chat_is_the_same_in_another_process() -> None:
-    there = pickle.loads(pickle.dumps(CHAT))
+@pytest.mark.parametrize("name", ["ours", "qwen3", "deepseek-r1"])
+def test_a_chat_is_the_same_in_another_process(name: str) -> None:
+    chat = CHAT if name == "ours" else family(name)
+    there = pickle.loads(pickle.dumps(chat))
     said = [Message("user", "1+2=<think>"), Message("assistant", "3", "1+2")]
-    assert there.render(said, generate=True) == CHAT.render(said, generate=True)
-    assert there.markers == CHAT.markers and there.encode_text("<think>") == CHAT.encode_text("<think>")
+    assert there.render(said, generate=True) == chat.render(said, generate=True)
+    assert there.markers == chat.markers and there.encode_text("<think>") == chat.encode_text("<think>")

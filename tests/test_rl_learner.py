@@ -19,7 +19,7 @@ from trivet.rl.config import RLConfig
 from trivet.rl.epochs import Seen
 from trivet.rl.learner import TIMES, _Run, learn
 from trivet.rl.rollout import Job, draw_problems, play
-from trivet.rl.update import pack
+from trivet.rl.update import deal, pack
 from trivet.spec import GQA, MLA, GatedDeltaNet, Lightning, ModelSpec, MoE, Rope, SwiGLU
 from trivet.tasks import Problem
 from trivet.tasks.base import Demo
@@ -209,6 +209,20 @@ def test_pack_keeps_every_row_once_and_refuses_long_ones() -> None:
     assert used / sum(p.positions.numel() for p in parts) > 0.85  # that is what packing is for
     with pytest.raises(UserError, match="raise rl.length"):
         pack(rows, 3, max(len(r.ids) for r in rows) - 2)
+
+
+def test_the_longest_row_is_trained_first() -> None:
+    """So that what doesn't fit fails in the first seconds of a step, and not in its last."""
+    rng = random.Random(1)
+    for minibatches in (1, 3):
+        lengths = [rng.randint(2, 60) for _ in range(40)]
+        rows = [Row((1,) * n, (False,) + (True,) * (n - 1), (0.0,) * n) for n in lengths]
+        first = deal(rows, minibatches)[0]
+        parts = pack([rows[i] for i in first], 2, 64)
+        longest = [int(part.positions.max()) for part in parts]
+        assert longest[0] == max(lengths) - 2 and longest == sorted(longest, reverse=True) and len(parts) > 2
+        drawn = pack([rows[i] for i in first[::-1]], 2, 64)  # whatever the order in which they come
+        assert [int(part.positions.max()) for part in drawn] == longest
 
 
 def test_a_failing_grader_is_counted_and_stops_the_run(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from test_cli_verbs import call
 from test_rl_learner import CHAT, Calls, Digits, config, eager_caller, make, play_some
 from trivet.chat import bpe_chat
 from trivet.config import UserError
@@ -111,3 +112,13 @@ def test_page_holds_what_was_written_and_nothing_runs(tmp_path: Path) -> None:
 def test_no_lines_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"set rl\.page_every"):
         write_page(tmp_path, 1)
+
+
+def test_the_verb_says_where_the_page_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = call(monkeypatch, capsys, "rollouts", str(tmp_path))
+    assert code == 1 and "set rl.page_every" in err
+    learn(make(noise=0.3), CHAT, [(Digits(), 1.0)], config(steps=1, page_every=1), tmp_path)
+    code, out, _ = call(monkeypatch, capsys, "rollouts", str(tmp_path), "--last", "1")
+    assert code == 0 and out.strip() == str(tmp_path / "rollouts.html") and len(shown(Path(out.strip()))) == 16

@@ -14,7 +14,7 @@ from trivet.spec import Frozen
 class RLConfig(Frozen):
     """How to learn from rewards. Nothing here says which tasks."""
 
-    steps: int = Field(gt=0, description="batches of episodes, each sampled with fresh weights")
+    steps: int = Field(gt=0, description="batches of episodes, each learnt from once it is graded")
     problems: int = Field(default=32, gt=0, description="problems of a batch")
     group: int = Field(default=16, ge=2, description="episodes of each problem")
     dynamic: int = Field(

@@ -11,8 +11,8 @@ Rows are exactly what the model saw and wrote: token ids are never made from tex
 prompts, tool results, forced tokens; answers whose score is not ok; groups whose rewards agree.
 The routers' balancing biases stay as pretraining left them: RL sees few kinds of problems, and evening
 out the load on these alone moves experts away from what they know (measured in docs/LOG.md).
-Left out: critics, asynchronous sampling, the routers' sequence-wise balance
-loss, several devices.
+Where episodes come from, and which are of older weights, is in `sampler.py`, `carry.py` and `ahead.py`.
+Left out: critics, the routers' sequence-wise balance loss, several devices.
 """
 
 from __future__ import annotations

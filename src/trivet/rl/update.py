@@ -62,6 +62,7 @@ def deal(rows: Sequence[Row], minibatches: int) -> list[list[int]]:
 def pack(rows: Sequence[Row], lines: int, length: int) -> list[Packed]:
     """Microbatches of at most `lines` x `length` that hold every row once. UserError for one too long.
 
+    The longest row is in the first one, so what doesn't fit into memory fails at once.
     A row ends with its last trained token: what follows (a tool result that nobody read) has no loss.
     """
     ends = [_end(row) for row in rows]
