@@ -1,6 +1,6 @@
 """Gradings a minute by the worker processes of `tasks/apart.py`, from one and from several threads.
 
-    python benchmarks/grading.py
+python benchmarks/grading.py
 """
 
 from __future__ import annotations
