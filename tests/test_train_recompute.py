@@ -16,7 +16,7 @@ from trivet.model import Transformer, transformer
 from trivet.model.lora import Size
 from trivet.rl.learner import TIMES, learn
 from trivet.train.data import Batch, Document, lay_out
-from trivet.train.trainer import Precision, StepSums, backward
+from trivet.train.step import Precision, StepSums, backward
 
 
 def batches() -> list[Batch]:

@@ -25,7 +25,8 @@ from trivet.model import Transformer
 from trivet.spec import GQA, ModelSpec, Rope, SwiGLU
 from trivet.train.data import Document, lay_out
 from trivet.train.optim import Optimizer, clip
-from trivet.train.trainer import backward, measure_peak
+from trivet.train.step import backward
+from trivet.train.trainer import measure_peak
 
 MEMINFO, STATUS = Path("/proc/meminfo"), Path("/proc/self/status")
 DECODED = 4  # tokens

@@ -15,8 +15,9 @@ never averaged: a mean of means would let a token count more the fewer tokens it
 A parameter is divided along its first dimension that shards divide evenly, else unevenly along the first.
 bf16 is autocast, as on one process: gathered are fp32 numbers, so routers and norms stay exact.
 
-Left out: tensor, sequence and pipeline parallelism; reading a start in parts (each process reads all of it
-into its own host memory, then keeps its part); loading on fewer processes than write; communication in bf16.
+Tested with gloo on CPUs; NCCL takes the same calls. Left out: tensor, sequence and pipeline parallelism;
+reading a start in parts (each process reads all of it into its own host memory, then keeps its part);
+communication in bf16; summing over replicas once a step (it is done after every microbatch).
 """
 
 from __future__ import annotations

@@ -1,15 +1,9 @@
 """One loop for pretraining and supervised fine-tuning.
 
-A step takes `accumulate` microbatches and minimises
+A step takes `accumulate` microbatches and adds up their gradients (`step.py`). Muon and AdamW update, then the
+routers' biases move by the step's loads.
 
-    sum over target tokens of -log p  /  target tokens of the whole step
-    + mtp_weight x mean over depths of the same loss of the multi-token-prediction modules
-    + the sequence-wise balance loss of the routers (mean over rows; a row is a sequence)
-
-One divisor for the whole step, because a mean per microbatch would let a token count more the fewer
-tokens stand beside it. Muon and AdamW update, then the routers' biases move by the step's loads.
-
-On several processes (`parallel.py`) each computes its share of the rows; the sums above are over all of them.
+On several processes (`parallel.py`) each computes its share of the rows; the sums are over all of them.
 
 A run that is stopped at any moment, by Ctrl-C or kill -9, and started again with the same call ends
 with the same bits and the same metrics as one that was never stopped (times excepted): the data is
@@ -26,30 +20,27 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from trivet.config import UserError
 from trivet.disk import Journal
-from trivet.model import Routing, Transformer
+from trivet.model import Transformer
 from trivet.model.experts import plain_name
 from trivet.model.lora import adapter_parameters, fingerprint, training_flops_per_token
 from trivet.spec import Frozen
 from trivet.train.checkpoint import load_latest, save_state
 from trivet.train.data import Batch, Documents, PackedBatches, share, stable_hash
-from trivet.train.losses import head_loss
 from trivet.train.nested import shortened
 from trivet.train.optim import Optimizer, clip, schedule
 from trivet.train.parallel import clip as clip_parts
 from trivet.train.parallel import divide, local, ranks_of
+from trivet.train.step import Divisors, Precision, StepSums, backward
 
-Precision = Literal["fp32", "bf16"]
 TIMES = ("seconds", "tokens_per_second", "gflops", "mfu")  # metrics that differ from run to run
 
 
@@ -143,69 +134,6 @@ def train(
     finally:
         run.close()
     return run.metrics
-
-
-# ----------------------------------------------------------------------------------------- one step
-@dataclass
-class StepSums:
-    """What one step's backward passes add up to."""
-
-    loss: Tensor  # mean over the step's target tokens
-    mtp: Tensor
-    balance: Tensor
-    loads: list[Tensor] = field(default_factory=list)  # [E] tokens a MoE layer
-
-
-@dataclass(frozen=True)
-class Divisors:
-    """By what the sums of a step are divided: known before the step, on every process."""
-
-    targets: int
-    ahead: list[int]  # targets of each prediction module
-    rows: int
-
-    @classmethod
-    def of(cls, batches: Sequence[Batch], depths: int) -> Divisors:
-        ahead = [sum(int((b.targets_ahead(k) >= 0).sum()) for b in batches) for k in range(1, depths + 1)]
-        return cls(sum(b.count for b in batches), ahead, sum(len(b.tokens) for b in batches))
-
-
-def backward(
-    model: Transformer,
-    batches: Sequence[Batch],
-    mtp_weight: float,
-    precision: Precision = "fp32",
-    recompute: bool = False,
-    divisors: Divisors | None = None,
-) -> StepSums:
-    """Add the gradient of one step's loss, however its documents are spread over batches and rows.
-
-    divisors: of the whole step, where these batches are a part of it. The sums are then those of the part.
-    """
-    depths = model.spec.mtp
-    of = divisors or Divisors.of(batches, depths)
-    zero = torch.zeros((), device=batches[0].tokens.device)
-    sums = StepSums(zero, zero, zero)
-    products = torch.autocast(zero.device.type, torch.bfloat16, enabled=precision == "bf16")
-    for batch in batches:
-        routing = Routing()
-        with products:
-            hidden = model(batch.tokens, batch.positions, routing=routing, recompute=recompute)
-            loss = head_loss(hidden.flatten(0, 1), model.head_weight, batch.targets.flatten())[0] / of.targets
-            mtp = loss.new_zeros(())
-            if depths:
-                outputs = model.mtp_hidden(hidden, batch.tokens, batch.positions, routing, recompute)
-                for k, (h, n) in enumerate(zip(outputs, of.ahead, strict=True), start=1):
-                    targets = batch.targets_ahead(k)
-                    mtp = mtp + head_loss(h.flatten(0, 1), model.head_weight, targets.flatten())[0] / max(n, 1) / depths
-        balance = torch.as_tensor(routing.balance, device=loss.device) / (of.rows / len(batch.tokens))
-        (loss + mtp_weight * mtp + balance).backward()
-        sums.loss = sums.loss + loss.detach()
-        sums.mtp = sums.mtp + mtp.detach()
-        sums.balance = sums.balance + balance.detach()
-        old = sums.loads or [torch.zeros_like(load) for load in routing.loads]
-        sums.loads = [a + b for a, b in zip(old, routing.loads, strict=True)]
-    return sums
 
 
 class _Run:
