@@ -102,6 +102,7 @@ class MoEFFN(Float32Buffers):
             self.register_buffer("bias", torch.zeros(spec.experts))
         self.gate_up = nn.Parameter(torch.empty(spec.experts, 2, spec.hidden, d_model))
         self.down = nn.Parameter(torch.empty(spec.experts, spec.hidden, d_model))  # input-major: [E,F,D]
+        self.small: nn.Module | None = None  # a form with weights of its own, in the place of both (quant.py)
         self.shared = DenseFFN(spec.shared_hidden, d_model) if spec.shared_hidden else None
         self.shared_gate = nn.Parameter(torch.empty(1, d_model)) if spec.shared_gate else None
 
@@ -115,8 +116,7 @@ class MoEFFN(Float32Buffers):
         scores, chosen, gates = self._route(flat, routing)
         if routing is not None:
             self._record(routing, scores, chosen, x.shape, layout)
-        form = self._form(flat)
-        y = form(flat, chosen, gates, self.gate_up, self.down)
+        y = self._experts(flat, chosen, gates)
         if self.shared is not None:
             always = self.shared(flat)
             if self.shared_gate is not None:
@@ -140,6 +140,12 @@ class MoEFFN(Float32Buffers):
         if s.norm_topk:
             gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
         return scores, chosen, (gates * s.scale).to(flat.dtype)
+
+    def _experts(self, flat: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
+        if self.small is not None:
+            out: Tensor = self.small(flat, chosen, gates)
+            return out
+        return self._form(flat)(flat, chosen, gates, self.gate_up, self.down)
 
     def _form(self, flat: Tensor) -> Form:
         fast = kernels(flat, self.gate_up, self.down)
