@@ -144,3 +144,36 @@ def test_budgets_are_kept_with_every_drafter(data: st.DataObject) -> None:
     if c.stop is StopReason.LENGTH and opened:
         assert not inside or c.tokens[-1] == CHAT.think_open_id  # closed in time, unless opened by the very last token
     assert tags <= opened
+
+
+def test_a_long_forced_text_is_one_piece() -> None:
+    """Of a row alone. Among twelve rows it goes token by token with their steps, and the text is the same."""
+    model, calls = tags_often(), list[int]()
+    model.register_forward_pre_hook(lambda module, args: calls.append(args[0].shape[1]))
+    asked = [Request(OPEN, Sampling(seed=s, max_tokens=80, min_thinking=20, answer_reserve=8)) for s in range(12)]
+    alone = [Engine(model, CHAT, 1, 200).generate([request])[0] for request in asked]
+    pieces = max(calls[1:])  # the first is the prompt
+    forced = sum(not sampled for c in alone for sampled in c.sampled)
+    assert forced > 20 and pieces >= len(CHAT.continuing_ids) - 1
+    assert len(calls) < len(asked) + sum(len(c.tokens) for c in alone) - forced / 2
+    calls.clear()
+    together = Engine(model, CHAT, 12, 200).generate(asked)
+    assert set(calls[1:]) == {1}
+    for a, b in zip(alone, together, strict=True):
+        assert a.tokens == b.tokens and a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+
+
+def test_a_prompt_is_reported_once_although_its_row_comes_back() -> None:
+    asked = Request(PROMPT, Sampling(seed=1, max_tokens=40, prompt_logprobs=True, min_thinking=20, answer_reserve=8))
+    (want,) = Engine(tags_often(), CHAT, 1, 200).generate([asked])
+    engine = Engine(tags_often(), CHAT, 1, 200)
+    id, done = engine.add(asked), dict[int, Completion]()
+    for step in range(200):
+        done |= engine.step()
+        if step in (1, 5, 11):
+            engine.set_aside(id)
+        if not engine.busy:
+            break
+    assert engine.stats.set_aside == 3 and done[id].tokens == want.tokens
+    assert want.prompt_logprobs is not None and len(want.prompt_logprobs) == len(PROMPT) - 1
+    assert done[id].prompt_logprobs == pytest.approx(want.prompt_logprobs, abs=1e-5)

@@ -12,7 +12,8 @@ from trivet.config import UserError
 from trivet.engine import Engine, Request
 from trivet.messages import Sampling
 from trivet.model import Transformer
-from trivet.model.quant import GROUP, QuantLinear, int4_weights, int8_weights, quantise
+from trivet.model.ffn import MoEFFN, sorted_
+from trivet.model.quant import GROUP, QuantExperts, QuantLinear, int4_weights, int8_weights, quantise
 from trivet.spec import GQA, MLA, ModelSpec, MoE, Rope, SwiGLU
 
 
@@ -79,6 +80,28 @@ def test_a_quantised_model_is_smaller_and_close(bits: str) -> None:
     names = dict(small.named_modules())
     assert isinstance(names["layers.1.mixer.o_proj"], QuantLinear)
     assert not isinstance(names["layers.1.mixer.kv_up"], QuantLinear)
+    assert isinstance(names["layers.1.ffn.experts"], QuantExperts) and "layers.1.ffn.gate_up" not in dict(
+        small.named_parameters()
+    )
+
+
+def test_small_experts_are_the_loop_over_tokens_with_dequantised_matrices() -> None:
+    moe = big(torch.float32).layers[1].ffn
+    assert isinstance(moe, MoEFFN)
+    g = torch.Generator().manual_seed(4)
+    x, gates = torch.randn(9, 64, generator=g), torch.rand(9, 2, generator=g)
+    chosen = torch.rand(9, 4, generator=g).topk(2).indices
+    small = QuantExperts(moe, "int8")
+    want = torch.zeros(9, 64)
+    for n in range(9):
+        for gate, e in zip(gates[n], chosen[n].tolist(), strict=True):
+            up, down = small.each[e].gate_up.dequantised(), small.each[e].down.dequantised()  # type: ignore[union-attr,operator]
+            h = up @ x[n]
+            want[n] += gate * (down @ (F.silu(h[:32]) * h[32:]))
+    torch.testing.assert_close(small(x, chosen, gates), want, atol=1e-4, rtol=1e-4)
+    assert (small(x, chosen.roll(1, 0), gates) - want).abs().max() > 0.01
+    exact = sorted_(x, chosen, gates, moe.gate_up, moe.down)
+    assert 0 < (want - exact).norm() < 0.02 * exact.norm()
 
 
 def test_what_does_not_fit_stays_and_is_counted() -> None:

@@ -108,7 +108,9 @@ class MoEFFN(Float32Buffers):
         self.down = nn.Parameter(torch.empty(spec.experts, spec.hidden, d_model))  # input-major: [E,F,D]
         self.shared = DenseFFN(spec.shared_hidden, d_model) if spec.shared_hidden else None
         self.shared_gate = nn.Parameter(torch.empty(1, d_model)) if spec.shared_gate else None
-        self.experts: nn.Module | None = None  # in place of gate_up and down, where processes share them (experts.py)
+        self.experts: nn.Module | None = (
+            None  # in place of gate_up and down: shared by processes (experts.py), in few bits (quant.py)
+        )
 
     @classmethod
     def from_spec(cls, spec: MoE, d_model: int) -> MoEFFN:
@@ -120,10 +122,7 @@ class MoEFFN(Float32Buffers):
         scores, chosen, gates = self._route(flat, routing)
         if routing is not None:
             self._record(routing, scores, chosen, x.shape, layout)
-        if self.experts is not None:
-            y = self.experts(flat, chosen, gates)
-        else:
-            y = self._form(flat)(flat, chosen, gates, self.gate_up, self.down)
+        y = self._experts(flat, chosen, gates)
         if self.shared is not None:
             always = self.shared(flat)
             if self.shared_gate is not None:
@@ -148,6 +147,12 @@ class MoEFFN(Float32Buffers):
         if s.norm_topk:
             gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
         return scores, chosen, (gates * s.scale).to(flat.dtype)
+
+    def _experts(self, flat: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
+        if self.experts is not None:
+            out: Tensor = self.experts(flat, chosen, gates)
+            return out
+        return self._form(flat)(flat, chosen, gates, self.gate_up, self.down)
 
     def _form(self, flat: Tensor) -> Form:
         fast = kernels(flat, self.gate_up, self.down)

@@ -1,12 +1,13 @@
-"""Weight-only quantisation for inference: matrices of attention and dense ffns in 8 or 4 bits, the rest as it is.
+"""Weight-only quantisation for inference: matrices of attention, ffns and experts in 8 or 4 bits, the rest as it is.
 
     int8   w ~ s_n q,  q in [-127, 127], one scale a row (output)
     int4   w ~ s (q - 8) + z,  q in [0, 15], one scale and zero for each 32 inputs of a row (round to nearest)
 
 Activations keep their type. On a CPU torch's packed kernels read the small weights and never form the large ones; elsewhere
 the product is with the weights dequantised, which is also the reference form that the tests compare with.
-Left as they are: embedding, head, norms, routers, experts (grouped products have no packed form here), and MLA's
-kv_up, which decoding absorbs into the query. What is quantised can't be trained or saved.
+Experts go one by one, because grouped products have no packed form: memory is saved, and at many experts time is not.
+Left as they are: embedding, head, norms, routers, and MLA's kv_up, which decoding absorbs into the query. What is
+quantised can't be trained or saved.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trivet.config import UserError
-from trivet.model.ffn import DenseFFN, Routing
+from trivet.model.ffn import DenseFFN, MoEFFN, Routing
 from trivet.model.layers import Layout, Linear
 from trivet.model.mla import LatentAttention
 from trivet.model.transformer import Transformer
@@ -98,15 +99,32 @@ class QuantLinear(nn.Module):
 class QuantFFN(nn.Module):
     """SwiGLU with small weights."""
 
-    def __init__(self, dense: DenseFFN, bits: Bits) -> None:
+    def __init__(self, gate_up: Tensor, down: Tensor, bits: Bits) -> None:
+        """gate_up [2,F,D], down [D,F]."""
         super().__init__()
-        self.gate_up = QuantLinear(dense.gate_up.flatten(0, 1), None, bits)
-        self.down = QuantLinear(dense.down, None, bits)
+        self.gate_up = QuantLinear(gate_up.flatten(0, 1), None, bits)
+        self.down = QuantLinear(down, None, bits)
 
     def forward(self, x: Tensor, layout: Layout | None = None, routing: Routing | None = None) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, -1)
         out: Tensor = self.down(F.silu(gate) * up)
         return out
+
+
+class QuantExperts(nn.Module):
+    """The sum over chosen experts with small weights: x [N,D], chosen and gates [N,k] -> [N,D]."""
+
+    def __init__(self, moe: MoEFFN, bits: Bits) -> None:
+        super().__init__()
+        each = zip(moe.gate_up, moe.down, strict=True)  # [2,F,D] and, input-major, [F,D]
+        self.each = nn.ModuleList(QuantFFN(gate_up, down.T.contiguous(), bits) for gate_up, down in each)
+
+    def forward(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
+        y = torch.zeros(x.shape, device=x.device)
+        for expert in chosen.unique().tolist():
+            token, choice = (chosen == expert).nonzero(as_tuple=True)
+            y.index_add_(0, token, (self.each[expert](x[token]) * gates[token, choice, None]).float())
+        return y.to(x.dtype)
 
 
 def quantise(model: Transformer, bits: Bits) -> tuple[int, int, int]:
@@ -131,7 +149,12 @@ def quantise(model: Transformer, bits: Bits) -> tuple[int, int, int]:
             elif isinstance(child, DenseFFN):
                 fits = _fits(child.gate_up.flatten(0, 1), bits) and _fits(child.down, bits)
                 if fits:
-                    setattr(module, name, QuantFFN(child, bits))
+                    setattr(module, name, QuantFFN(child.gate_up, child.down, bits))
+            elif isinstance(child, MoEFFN):
+                fits = _fits(child.gate_up[0].flatten(0, 1), bits) and _fits(child.down[0].T, bits)
+                if fits:
+                    child.experts = QuantExperts(child, bits)
+                    del child.gate_up, child.down
             else:
                 continue
             left += not fits
