@@ -8,7 +8,8 @@ An answer is dropped, and counted under the first reason that applies: `not_ok` 
 already). Of what is left of a problem the shortest are kept, or any, by hash.
 
 Pairs come from people; here the task's grader plays them, as Bradley and Terry describe a rater: the better answer is preferred
-with probability sigmoid(sharpness x difference of scores). Equal answers make no pair.
+with probability sigmoid(sharpness x difference of scores). Shown are the first two of a problem's answers whose scores
+differ: raters who see no difference say nothing.
 
 Written: data.jsonl, one line a conversation or pair, and done.json with all counts. Problems are worked through in
 pieces, so a run that was stopped goes on where it was.
@@ -21,6 +22,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 from typing import Any, Literal, Self
 
 import torch
@@ -171,11 +173,12 @@ def _pairs(
     for place, group in enumerate(groups):
         ok = [a for a in group if a.score.ok and not a.truncated]
         counts["not_ok or truncated"] += len(group) - len(ok)
-        texts: dict[str, Attempt] = {a.episode.final.content.strip(): a for a in ok}
-        if len(texts) < 2:
-            counts["no two answers"] += 1
+        differ = ((a, b) for a, b in combinations(ok, 2) if a.score.value != b.score.value)
+        a, b = next(differ, (None, None))
+        if a is None or b is None:
+            counts["problems without two that differ"] += 1
             continue
-        (one, a), (two, b) = list(texts.items())[:2]
+        one, two = a.episode.final.content.strip(), b.episode.final.content.strip()
         sure = 1 / (1 + math.exp(-config.sharpness * (a.score.value - b.score.value)))
         first = random.Random(stable_hash(config.seed, piece, place)).random() < sure
         yield {
