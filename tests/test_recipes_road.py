@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,30 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from test_chat_template import QWEN3, folder_of
+from trivet.agent.loop import Episode, ModelStep
 from trivet.config import UserError, load, validate
+from trivet.messages import Completion, Message, Sampling, Score, StopReason
 from trivet.recipes.kinds.preference import read_pairs
-from trivet.recipes.kinds.sample import PIECE
+from trivet.recipes.kinds.sample import PIECE, SampleConfig, _pairs
 from trivet.recipes.stages import Recipe, run_recipe
+from trivet.rl.rollout import Attempt, Job
+from trivet.tasks import Problem, make_task
 
 ROAD = Path(__file__).parents[1] / "configs/r1/tiny.toml"
+QWEN = ROAD.with_name("qwen3.toml")
 STEPS = {"base": 60, "small": 3, "cold": 2, "sft": 4, "traces": 3}  # of training; all else is a step or two
+
+
+TASTE = [  # what an untrained model's own answers do not give: enough pairs
+    {"question": f"~{a}{b}123", "chosen": f"{min(a, b)}{max(a, b)}", "rejected": f"{max(a, b)}{min(a, b)}"}
+    for a in range(10) for b in range(a)
+]  # fmt: skip
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
 
 
 def small() -> dict[str, Any]:
@@ -40,7 +59,7 @@ def small() -> dict[str, Any]:
                 "tensorboard": False,
             }
         elif stage["kind"] == "sample":  # an untrained model is never right: everything that was graded is kept
-            stage["sample"] |= {"problems": 2 * PIECE + 8, "max_tokens": 24, "least": 0.0}
+            stage["sample"] |= {"problems": 3 * PIECE + 8, "max_tokens": 48, "least": 0.0}
             stage["sample"].pop("alphabet", None)
         elif stage["kind"] == "preference":
             stage["preference"] |= {"steps": 3, "pairs": 4, "length": 64}
@@ -72,6 +91,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("road")
     data = small()
     data["threads"] = 1  # one after the other, in this process
+    data["stages"]["likes"]["pairs"] = write_lines(out / "pairs.jsonl", TASTE)
     run(data, out)
     return out
 
@@ -98,8 +118,8 @@ def test_the_whole_road(straight: Path) -> None:
     )
     assert select["kept"] + left_out == select["answers"]  # nothing is lost without a reason
     assert all(line["mode"] == "think" and line["messages"][-1]["reasoning"] is not None for line in lines)
-    pairs = read_pairs(straight / "pairs/data.jsonl")
-    assert pairs and all(pair.chosen != pair.rejected and pair.question[0].content.startswith("~") for pair in pairs)
+    pairs = json.loads((straight / "pairs/done.json").read_text())
+    assert pairs["kept"] + pairs["problems without two that differ"] + pairs["repeated"] == pairs["problems"]
     assert (straight / "likes/reward_head.safetensors").is_file()
     last = json.loads((straight / "final/metrics.jsonl").read_text().splitlines()[-1])
     assert "reward/model" in last and "reward/alphabet" in last and "reward/task" in last
@@ -113,6 +133,7 @@ def test_the_whole_road(straight: Path) -> None:
 
 def test_run_again_it_skips_and_stopped_anywhere_it_goes_on(straight: Path, tmp_path: Path) -> None:
     data = small() | {"threads": 1}
+    data["stages"]["likes"]["pairs"] = str(straight / "pairs.jsonl")
     assert sum("complete, skipped" in line for line in run(data, straight)) == len(data["stages"])
     stops = {("select", 2), ("likes", 2), ("student", 1), ("compare", 7), ("final", 1)}
 
@@ -146,10 +167,93 @@ def test_other_seeds_are_other_runs_of_the_same_problems() -> None:
 
 def test_the_real_recipe_is_whole() -> None:
     """Every name that a stage reads is a stage before it."""
-    made, seen = load(ROAD, Recipe), set[str]()
-    for name, stage in made.stages.items():
-        assert stage.inputs() <= seen, name
-        seen.add(name)
+    for path in (ROAD, QWEN):
+        seen = set[str]()
+        for name, stage in load(path, Recipe).stages.items():
+            assert {read for read in stage.inputs() if "." not in read} <= seen, name  # others are files
+            seen.add(name)
+
+
+def test_the_road_on_a_checkpoint_with_lora(tmp_path: Path) -> None:
+    """configs/r1/qwen3.toml on a checkpoint of transformers' making: adapters all the way, the base untouched."""
+    transformers = pytest.importorskip("transformers")
+    base = folder_of(tmp_path / "base", QWEN3)
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.2,
+    )  # fmt: skip
+    transformers.Qwen3ForCausalLM(config).save_pretrained(base)
+    before = {file.name: file.read_bytes() for file in base.iterdir()}
+    asked = [(a, b) for a in range(10) for b in range(10) if a != b]
+    questions = write_lines(
+        tmp_path / "q.jsonl", [{"question": f"{a} or {b}?", "answer": str(max(a, b))} for a, b in asked]
+    )
+    said = [
+        {"messages": [{"role": "user", "content": f"{a} or {b}?"}, {"role": "assistant", "reasoning": f"{max(a, b)}", "content": str(max(a, b))}]}
+        for a, b in asked
+    ]  # fmt: skip
+    data = tomllib.loads(QWEN.read_text()) | {"threads": 1}
+    files = {"questions.jsonl": questions, "cold.jsonl": write_lines(tmp_path / "c.jsonl", said)}
+    liked = [{"question": f"{a} or {b}?", "chosen": str(max(a, b)), "rejected": str(min(a, b))} for a, b in asked]
+    files["pairs.jsonl"] = write_lines(tmp_path / "p.jsonl", liked)
+    short = {"length": 128, "rows": 2, "steps": 2, "max_tokens": 96, "tensorboard": False, "precision": "fp32"}
+    short |= {"problems": 2, "group": 2, "pairs": 4, "answers": 4, "n": 2, "mismatch_limit": 0.1, "least": 0.0}
+    for name, stage in data["stages"].items():
+        for key in ("start", "models"):
+            if key in stage:
+                stage[key] = json.loads(re.sub(r"\./Qwen3-[.\d]+B", str(base), json.dumps(stage[key])))
+        for task in [*stage.get("tasks", ()), *(probe["task"] for probe in stage.get("probes", ()))]:
+            task["path"] = files.get(task["path"], task["path"])
+        if name == "likes":
+            stage["pairs"] = files["pairs.jsonl"]
+        table = stage.get({"preference": "preference", "compare": ""}.get(stage["kind"], stage["kind"]), {})
+        table |= {
+            key: value
+            for key, value in short.items()
+            if key in table or (key == "tensorboard" and stage["kind"] in ("train", "rl"))
+        }
+        for probe in stage.get("probes", ()):
+            probe["max_tokens"] = 96
+    del data["stages"]["cold"]["lora"]  # all weights: adapters of random weights do not learn to end a turn
+    data["stages"]["cold"]["train"] |= {"steps": 60, "rows": 8, "muon_lr": 0.02, "adam_lr": 0.003}
+    data["stages"]["compare"]["count"] = 8
+    data["stages"]["select"]["sample"] |= {"problems": 64, "least": 0.0}
+    run(data, tmp_path / "out")
+    assert {file.name: file.read_bytes() for file in base.iterdir()} == before
+    for name in ("reason", "sft", "final", "student"):
+        assert (tmp_path / "out" / name / "adapter_model.safetensors").is_file(), name
+        assert not (tmp_path / "out" / name / "model.safetensors").exists(), name
+    assert (tmp_path / "out/likes/model.safetensors").is_file()  # merged, so that it can be loaded alone
+    assert (tmp_path / "out/select/data.jsonl").read_text().count("\n") > 8
+    points = json.loads((tmp_path / "out/results.json").read_text())["points"]
+    assert points["cold"]["thinking"]["truncated"] < points[str(base)]["thinking"]["truncated"]  # it learned to end
+
+
+def test_raters_choose_between_two_answers_that_differ() -> None:
+    """Of each problem the first two with different scores; the better one is preferred as often as Bradley and Terry say."""
+    task, sampling = make_task({"name": "arrange"}), Sampling()
+
+    def attempt(problem: Problem, text: str, score: float) -> Attempt:
+        done = Completion(text, (), (), (), (), StopReason.END, ())
+        episode = Episode(
+            tuple(problem.messages), (ModelStep(Message("assistant", text, completion=done)),), StopReason.END
+        )
+        return Attempt(Job(task, problem, sampling), episode, Score(score))
+
+    groups = []
+    for i in range(2000):
+        problem = task.problem("train", i)
+        groups.append(
+            [attempt(problem, text, score) for text, score in (("a", 0.5), ("b", 0.5), ("c", 1.0), ("d", 0.0))]
+        )
+    groups.append([attempt(task.problem("train", 0), text, 0.5) for text in "ab"])
+    counts: Counter[str] = Counter()
+    pairs = list(_pairs(groups, SampleConfig(problems=1, keep="pairs", sharpness=2.0), 0, counts))
+    assert len(pairs) == 2000 and counts["problems without two that differ"] == 1
+    assert all({pair["chosen"], pair["rejected"]} == {"a", "c"} for pair in pairs)
+    preferred = sum(pair["chosen"] == "c" for pair in pairs) / len(pairs)
+    assert abs(preferred - 1 / (1 + math.exp(-2 * 0.5))) < 0.04
 
 
 def test_pairs_that_can_not_be_used_are_named(tmp_path: Path) -> None:

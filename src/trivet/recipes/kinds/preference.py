@@ -9,14 +9,13 @@ import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trivet.config import UserError, explain
-from trivet.hub.checkpoint import load_pair
 from trivet.messages import Message
+from trivet.model.lora import LoRA, merge
 from trivet.recipes.adapted import result
-from trivet.recipes.kinds.base import Context, StageBase
+from trivet.recipes.kinds.base import Context, StageBase, load_start
 from trivet.rl.preference import Pair, PreferenceConfig, RewardModel, prefer, save_reward_model
 from trivet.tasks.conversations import Line
 
@@ -26,6 +25,7 @@ class PreferenceStage(StageBase):
 
     kind: Literal["preference"] = "preference"
     start: str = Field(description="stage or model directory whose layers it starts with")
+    lora: LoRA | None = Field(default=None, description="train adapters of `start` and the head; merged when it is done")
     pairs: str = Field(description="a `sample` stage with keep = 'pairs', or a JSONL file")
     preference: PreferenceConfig
 
@@ -45,10 +45,11 @@ class _Line(BaseModel):
 
 
 def run(stage: PreferenceStage, context: Context) -> dict[str, Any]:
-    backbone, chat = load_pair(context.find(stage.start), context.device, torch.float32)
+    _, backbone, chat = load_start(stage.start, stage.lora, stage.preference.seed, context)
     pairs = read_pairs(context.data(stage.pairs))
     model = RewardModel(backbone).to(context.device).train()
     summary = prefer(model, chat, pairs, stage.preference, context.out, progress=context.progress)
+    merge(backbone)
     with result(context.out) as aside:
         save_reward_model(model, chat, aside)
     context.say(
