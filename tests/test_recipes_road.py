@@ -227,7 +227,8 @@ def test_the_road_on_a_checkpoint_with_lora(tmp_path: Path) -> None:
     assert (tmp_path / "out/likes/model.safetensors").is_file()  # merged, so that it can be loaded alone
     assert (tmp_path / "out/select/data.jsonl").read_text().count("\n") > 8
     points = json.loads((tmp_path / "out/results.json").read_text())["points"]
-    assert points["cold"]["thinking"]["truncated"] < points[str(base)]["thinking"]["truncated"]  # it learned to end
+    right = {name: row["no thought"]["accuracy"]["mean"] for name, row in points.items()}
+    assert right["cold"] > right[str(base)] + 0.2
 
 
 def test_raters_choose_between_two_answers_that_differ() -> None:
