@@ -70,8 +70,8 @@ def reward_curve(name: str, rows: Rows) -> str | None:
     return _svg(figure)
 
 
-def learning_curves(stages: Mapping[str, Rows], keys: Mapping[str, str]) -> str | None:
-    """Panels of RL metrics over steps, one line a stage: `keys` says which, and what their axes are called."""
+def learning_curves(stages: Mapping[str, Rows], keys: Sequence[str]) -> str | None:
+    """A panel for each of these metrics over steps, one line a stage."""
     found = {key: {name: _pick(rows, key) for name, rows in stages.items()} for key in keys}
     found = {key: lines for key, lines in found.items() if any(len(points) > 1 for points in lines.values())}
     if not found:
@@ -81,7 +81,7 @@ def learning_curves(stages: Mapping[str, Rows], keys: Mapping[str, str]) -> str 
         for i, (name, points) in enumerate(lines.items()):
             if points:
                 _line(axis, points, i, name)
-        _finish(axis, "RL step", keys[key])
+        _finish(axis, "RL step", key.replace("_", " "))
     return _svg(figure)
 
 

@@ -18,7 +18,10 @@ def describe(attempts: Sequence[Attempt]) -> dict[str, Any]:
         "accuracy": _mean([a.right for a in ok]),
     }
     for name in sorted({a.job.task.name for a in ok}):
-        values[f"reward/{name}"] = _mean([a.score.value for a in ok if a.job.task.name == name])
+        of_task = [a for a in ok if a.job.task.name == name]
+        values[f"reward/{name}"] = _mean([a.score.value for a in of_task])
+        values[f"accuracy/{name}"] = _mean([a.right for a in of_task])
+        values[f"reasoning_tokens/{name}"] = _mean([a.episode.reasoning_tokens for a in of_task])
     for part in sorted({part for a in attempts for part in a.score.parts}):
         values[f"reward/{part}"] = _mean([a.score.parts[part] for a in ok if part in a.score.parts])
     values |= {

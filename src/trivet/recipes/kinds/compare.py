@@ -26,8 +26,6 @@ from trivet.rl.rewards import make_rewards
 from trivet.spec import Frozen
 from trivet.tasks import make_task
 
-CURVES = {"accuracy": "share of right answers in a batch", "reasoning_tokens": "tokens of a thought"}
-
 
 class Probe(Frozen):
     """What is measured of every model."""
@@ -46,7 +44,8 @@ class CompareStage(StageBase):
     kind: Literal["compare"] = "compare"
     models: tuple[str, ...] = Field(min_length=1, description="stages or model directories, in the order shown")
     probes: tuple[Probe, ...] = Field(min_length=1, description="what is measured")
-    curves: tuple[str, ...] = Field(default=(), description="RL stages whose accuracy and length over steps are drawn")
+    curves: tuple[str, ...] = Field(default=(), description="RL stages whose metrics over steps are drawn")
+    watch: tuple[str, ...] = Field(default=("accuracy", "reasoning_tokens"), description="metrics that are drawn")
     count: int = Field(default=256, gt=0, description="problems a point")
     seed: int = Field(default=1, description="of the sampling; problems are always the same")
 
@@ -94,9 +93,9 @@ def _page(stage: CompareStage, context: Context, rows: dict[str, dict[str, Resul
     from markupsafe import Markup
 
     metrics = {name: Journal(context.run / name / "metrics.jsonl").read() for name in stage.curves}
-    curves = plots.learning_curves(metrics, CURVES)
+    curves = plots.learning_curves(metrics, stage.watch)
     rewards = [(f"Reward of {name}", plots.reward_curve(name, lines)) for name, lines in metrics.items()]
-    figures = [("Accuracy and length over RL", curves), *rewards]
+    figures = [("Over RL", curves), *rewards]
     how = "; ".join(
         f"{p.label}: {'greedy' if p.temperature == 0 else f'T = {p.temperature:g}'}"
         + ("" if p.thinking is None else f", thinking {p.thinking}")

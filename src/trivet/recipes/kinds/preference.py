@@ -25,7 +25,9 @@ class PreferenceStage(StageBase):
 
     kind: Literal["preference"] = "preference"
     start: str = Field(description="stage or model directory whose layers it starts with")
-    lora: LoRA | None = Field(default=None, description="train adapters of `start` and the head; merged when it is done")
+    lora: LoRA | None = Field(
+        default=None, description="train adapters of `start` and the head; merged when it is done"
+    )
     pairs: str = Field(description="a `sample` stage with keep = 'pairs', or a JSONL file")
     preference: PreferenceConfig
 
