@@ -18,7 +18,7 @@ import pytest
 from trivet.config import UserError
 from trivet.messages import Score
 from trivet.tasks import apart
-from trivet.tasks.apart import Pool, grade_apart
+from trivet.tasks.apart import Pool, Worker, grade_apart
 from trivet.tasks.symbolic import grade_math
 
 RIGHT, WRONG, HANGS = r"\boxed{0.5}", r"\boxed{0.25}", "$9^{9^9}$"
@@ -77,6 +77,13 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> Pool:
     mine = Pool(1)
     monkeypatch.setattr(apart, "_pool", mine)
     return mine
+
+
+def test_two_answers_that_come_at_once_are_two_answers(pool: Pool) -> None:
+    worker = Worker([HERE + "right", HERE + "hangs_in_c"])
+    time.sleep(1.0)  # both are loaded before anyone reads
+    assert worker.ask(HERE + "right", (), 5.0).value == 1.0
+    worker.end()
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ class Worker:
         )  # fmt: skip
         self.loaded: dict[str, str | None] = {}  # functions that were asked for, and why one can't be had
         self.loading: list[str] = []  # asked for, not yet answered
+        self.unread = b""  # of its answers: two may have come at once
         for function in functions:
             self.load(function)
 
@@ -90,16 +91,17 @@ class Worker:
 
     def read_line(self, deadline: float) -> bytes:
         assert self.process.stdout is not None
-        found, line = select.poll(), b""
+        found = select.poll()
         found.register(self.process.stdout, select.POLLIN | select.POLLHUP)
-        while not line.endswith(b"\n"):
+        while b"\n" not in self.unread:
             left = deadline - time.monotonic()
             if left <= 0 or not found.poll(left * 1000):
                 raise TimeoutError
             piece = os.read(self.process.stdout.fileno(), 1 << 16)
-            line += piece
-            if not piece or len(line) > LARGEST:
+            self.unread += piece
+            if not piece or len(self.unread) > LARGEST:
                 raise _Dead
+        line, _, self.unread = self.unread.partition(b"\n")
         return line
 
     def end(self) -> str:
