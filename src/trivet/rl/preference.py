@@ -37,7 +37,7 @@ from trivet.messages import Message
 from trivet.model import Transformer, save_model
 from trivet.model.io import save_tensors
 from trivet.spec import Frozen
-from trivet.train.data import IGNORE, Document, lay_out, stable_hash
+from trivet.train.data import IGNORE, Document, first_fit, lay_out, stable_hash
 from trivet.train.loop import Loop
 from trivet.train.optim import Optimizer, clip, schedule
 
@@ -93,20 +93,10 @@ def answer_ids(chat: Chat, question: Sequence[Message], answer: str) -> list[int
 
 def rewards(model: RewardModel, sequences: Sequence[Sequence[int]], length: int) -> Tensor:
     """r of each sequence [N], packed into rows of `length`; gradients flow. UserError for one that is too long."""
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
-    lines: list[list[int]] = []
-    room: list[int] = []
-    for i in order:  # first fit, longest first
-        need = len(sequences[i])
-        if need > length:
-            raise UserError(f"A question with its answer has {need} tokens, more than a row of {length}: raise length.")
-        line = next((k for k, free in enumerate(room) if free >= need), None)
-        if line is None:
-            line = len(lines)
-            lines.append([])
-            room.append(length)
-        lines[line].append(i)
-        room[line] -= need
+    longest = max(map(len, sequences))
+    if longest > length:
+        raise UserError(f"A question with its answer has {longest} tokens, more than a row of {length}: raise length.")
+    lines = first_fit([len(ids) for ids in sequences], length)
     # A last token is only ever a target: one more lets the model read the real last one, and marks where that is.
     documents = [[Document([*sequences[i], 0], [False] * len(sequences[i]) + [True]) for i in line] for line in lines]
     batch = lay_out(documents, length).to(model.head.device)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trivet.agent.loop import Row
 from trivet.config import UserError
-from trivet.train.data import IGNORE, Document, lay_out
+from trivet.train.data import IGNORE, Document, first_fit, lay_out
 from trivet.train.losses import Sets
 
 
@@ -66,24 +66,12 @@ def pack(rows: Sequence[Row], lines: int, length: int) -> list[Packed]:
     A row ends with its last trained token: what follows (a tool result that nobody read) has no loss.
     """
     ends = [_end(row) for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: (-ends[i], i))
-    if rows and ends[order[0]] > length + 1:
-        raise UserError(
-            f"An episode has {ends[order[0]]} tokens, more than a row takes ({length + 1}): raise rl.length."
-        )
-    filled: list[list[int]] = []
-    room: list[int] = []
-    for i in order:
-        need = ends[i] - 1  # the last token is only ever a target
-        line = next((k for k, free in enumerate(room) if free >= need), None)
-        if line is None:
-            line = len(filled)
-            filled.append([])
-            room.append(length)
-        filled[line].append(i)
-        room[line] -= need
-    starts = range(0, len(filled), lines)
-    return [_microbatch(rows, ends, filled[s : s + lines], length - min(room[s : s + lines])) for s in starts]
+    if rows and max(ends) > length + 1:
+        raise UserError(f"An episode has {max(ends)} tokens, more than a row takes ({length + 1}): raise rl.length.")
+    needs = [end - 1 for end in ends]  # the last token is only ever a target
+    filled = first_fit(needs, length)
+    parts = [filled[start : start + lines] for start in range(0, len(filled), lines)]
+    return [_microbatch(rows, ends, part, max(sum(needs[i] for i in line) for line in part)) for part in parts]
 
 
 def _end(row: Row) -> int:

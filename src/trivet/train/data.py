@@ -252,6 +252,21 @@ def share(batches: Sequence[Batch], rank: int, world: int) -> list[Batch]:
     return [batch.some(slice(first, first + rows)) for batch in batches[rank % turns :: turns]]
 
 
+def first_fit(needs: Sequence[int], room: int) -> list[list[int]]:
+    """Numbers of documents in rows of `room` slots: the longest first, each into the first row with room for it."""
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for i in sorted(range(len(needs)), key=lambda i: (-needs[i], i)):
+        row = next((k for k, left in enumerate(free) if left >= needs[i]), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            free.append(room)
+        rows[row].append(i)
+        free[row] -= needs[i]
+    return rows
+
+
 def lay_out(rows: Sequence[Sequence[Document]], length: int, state: int = 0) -> Batch:
     """The tensors of documents that were given their rows. A row must not exceed `length`."""
     tokens, positions, targets = [], [], []
