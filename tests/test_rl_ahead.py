@@ -25,7 +25,7 @@ class Late(Sampler):
     """The definition: every batch by the weights of the step before, in this process."""
 
     def __init__(self, model: Transformer, *args: Any) -> None:
-        super().__init__(make("gqa/moe", noise=0.3), *args[:-1])
+        super().__init__(make("gqa/moe", noise=0.3), *args[:4])
         self.now, self.before = model, {k: t.clone() for k, t in model.state_dict().items()}
 
     def sample(self, step: int) -> Batch:
