@@ -235,8 +235,13 @@ class Updates:
         if ratio != 0:
             raise RuntimeError(f"step {step}: the ratio of the first update is not 1 (|log| = {ratio}): a bug")
         if mismatch > self.config.mismatch_limit:
+            elsewhere = (
+                " See that the server takes each step's weights, and gives log-probabilities at rl.temperature."
+                if self.config.server is not None
+                else ""
+            )
             raise UserError(
                 f"RL stopped at step {step}: engine and trainer disagree, KL = {mismatch:.2e} a token, more "
                 f"than mismatch_limit = {self.config.mismatch_limit:g}. One of the two forward passes is wrong; "
-                "if the model runs in a low precision, try fp32 or raise the limit."
+                f"if the model runs in a low precision, try fp32 or raise the limit.{elsewhere}"
             )

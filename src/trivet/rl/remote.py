@@ -31,7 +31,7 @@ import math
 import os
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,12 @@ from trivet.model.lora import adapter_parameters, merge
 from trivet.rl.config import RLConfig, ServerConfig
 from trivet.rl.rewards import Reward
 from trivet.rl.rollout import Attempt, Job, begin, grade_all
-from trivet.rl.sampler import Player, Sampler
+from trivet.rl.sampler import Batch, Player, Sampler
 from trivet.tasks import Task
 from trivet.train.data import stable_hash
 
 ASKED = {"temperature", "seed", "max_tokens", "thinking", "budget_for", "answer_reserve", "keep_sets"}
-CONNECTING = 3  # tries
+WAITS = (0.5, 2.0, 8.0, 0.0)  # seconds after each try that failed
 SEEDS = 2**31  # that every server takes
 
 
@@ -86,6 +86,7 @@ class Server:
         except ImportError:
             raise UserError("rl.server needs httpx2: pip install 'trivet[remote]'") from None
         self.config, self.http, self.name, self.connections = config, httpx2, config.model, connections
+        self.failed = 0  # requests, each of which was tried again
 
     async def __aenter__(self) -> Server:
         c, headers = self.config, {}
@@ -96,7 +97,7 @@ class Server:
         limits = self.http.Limits(max_connections=self.connections)
         self.client = self.http.AsyncClient(
             base_url=c.url.rstrip("/"), headers=headers, timeout=self.http.Timeout(c.seconds, pool=None),
-            transport=self.http.AsyncHTTPTransport(retries=CONNECTING, limits=limits),
+            limits=limits,
         )  # fmt: skip
         return self
 
@@ -105,12 +106,19 @@ class Server:
 
     async def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """The answer's JSON, None where it has none. Raises UserError for what it refuses, Failed for what failed."""
-        try:
-            answer = await self.client.request(method, path, json=body)
-        except self.http.HTTPError as e:
-            raise Failed(f"{self.config.url}{path}: {type(e).__name__}: {e}") from None
-        if answer.status_code >= 500:
-            raise Failed(f"{self.config.url}{path}: {answer.status_code}: {answer.text[:300]}")
+        for wait in WAITS:
+            try:
+                answer = await self.client.request(method, path, json=body)
+            except self.http.HTTPError as e:
+                failed = f"{type(e).__name__}: {e}"
+            else:
+                if answer.status_code < 500 and answer.status_code != 429:
+                    break
+                failed = f"{answer.status_code}: {answer.text[:300]}"
+            self.failed += 1
+            await asyncio.sleep(wait)
+        else:
+            raise Failed(f"{self.config.url}{path}: {failed}")
         if answer.status_code >= 400:
             raise UserError(f"{self.config.url}{path} refused: {answer.status_code}: {answer.text[:300]}")
         return answer.json() if answer.content else None
@@ -265,7 +273,7 @@ class Remote(Sampler):
     ):  # fmt: skip
         super().__init__(model, chat, tasks, config, device, rewards)
         assert config.server is not None
-        self.where = config.server
+        self.where, self.failed = config.server, 0
         if config.replay == "sampler":
             raise UserError(
                 "rl.replay = 'sampler' needs the sampler's experts, which a server does not say: 'trainer'."
@@ -276,6 +284,11 @@ class Remote(Sampler):
             in_pairs(_plain(model)).spec, described.spec.model_copy(update={"mtp": model.spec.mtp})
         ):
             raise UserError(f"rl.server.like: {self.where.like} is no model of this shape: {what}.")
+
+    def sample(self, step: int) -> Batch:
+        before = self.failed
+        batch = super().sample(step)
+        return replace(batch, counts=batch.counts | {"server/failed": self.failed - before})
 
     def _player(self) -> Player:
         self.write_weights()
@@ -288,6 +301,7 @@ class Remote(Sampler):
             await server.find()
             model = RemoteModel(server, self.chat, c.length + 1)
             episodes: list[Episode] = await asyncio.gather(*(begin(model, job, c.max_turns) for job in jobs))
+            self.failed += server.failed
         return [Attempt(*done) for done in zip(jobs, episodes, grade_all(jobs, episodes), strict=True)]
 
     # --- weights ------------------------------------------------------------------------------------
