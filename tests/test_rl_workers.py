@@ -29,7 +29,7 @@ from ray._private.state import actors  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+def cluster() -> Iterator[Any]:
     """Two nodes of one processor each, as a machine sees them."""
     from ray.cluster_utils import Cluster
 
@@ -40,9 +40,14 @@ def address() -> Iterator[str]:
         size = {"num_cpus": 1, "object_store_memory": 80_000_000}
         cluster = Cluster(initialize_head=True, head_node_args=size)
         cluster.add_node(**size)
-        yield cluster.address
+        yield cluster
         ray.shutdown()
         cluster.shutdown()
+
+
+@pytest.fixture
+def address(cluster: Any) -> str:
+    return str(cluster.address)
 
 
 TASKS = [(Digits(), 1.0), (Calls(), 1.0)]
@@ -158,3 +163,17 @@ def test_what_ray_has_no_room_for_is_refused(address: str) -> None:
         Workers(make(), CHAT, TASKS, config(workers=3, ray_address=address), "cpu")
     with pytest.raises(ValueError, match="`partial` cuts the batch of one engine"):
         config(workers=2, partial=0.5)
+
+
+def test_a_node_that_is_gone_leaves_its_share_to_the_others(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last test of this file, for it takes a node away."""
+    sampler = Workers(make(noise=0.3), CHAT, TASKS, config(workers=2, ray_address=cluster.address), "cpu")
+    try:
+        first = sampler.sample(0)
+        cluster.remove_node(next(node for node in cluster.list_all_nodes() if node is not cluster.head_node))
+        monkeypatch.setattr(workers, "READY", 3.0)
+        with pytest.warns(UserWarning, match="no room to start a worker again: 1 play on"):
+            again = sampler.sample(0)
+        assert facts(again) == facts(first) and again.counts["workers/restarted"] == 1
+    finally:
+        sampler.close()

@@ -91,17 +91,20 @@ class Workers(Sampler):
     ):  # fmt: skip
         super().__init__(model, chat, tasks, config, device, rewards)
         self.threads, self.restarted = torch.get_num_threads(), 0
+        self.crew: list[Any] = []
         self.ray, self._ours = _start(config, self.threads, torch.device(device))
         job = (copy.deepcopy(model).to("cpu"), chat, list(tasks), config, str(device), self.threads)
         self._job = [self.ray.put(part) for part in job]
-        self.crew = [self._actor() for _ in range(config.workers)]
-        late = [actor for actor in self.crew if not self._is_ready(actor)]
-        if late:
+        try:
+            self.crew = self._actors(config.workers)
+            if len(self.crew) < config.workers:
+                raise UserError(
+                    f"{config.workers - len(self.crew)} of rl.workers = {config.workers} were not there after {READY:.0f} s: "
+                    "see that Ray's nodes are free and that trivet is installed on them, or ask for fewer."
+                )
+        except BaseException:
             self.close()
-            raise UserError(
-                f"{len(late)} of rl.workers = {config.workers} were not there after {READY:.0f} s: see that Ray's nodes "
-                "are free and that trivet is installed on them, or ask for fewer."
-            )
+            raise
 
     def sample(self, step: int) -> Batch:
         before = self.restarted
@@ -156,31 +159,29 @@ class Workers(Sampler):
         return shares
 
     # --- actors -------------------------------------------------------------------------------------
-    def _actor(self) -> Any:
+    def _actors(self, count: int) -> list[Any]:
+        """New ones, as many as come up in time. UserError where one can't be made."""
         gpus = int(torch.device(self.device).type == "cuda")
         made = self.ray.remote(num_cpus=self.threads, num_gpus=gpus, scheduling_strategy="SPREAD")(Actor)
-        return made.remote(*self._job)
-
-    def _is_ready(self, actor: Any) -> bool:
-        """Whether it comes up in time. One that can't be made raises what went wrong."""
-        done, _ = self.ray.wait([actor.ready.remote()], timeout=READY)
+        actors = {actor.ready.remote(): actor for actor in (made.remote(*self._job) for _ in range(count))}
+        done, late = self.ray.wait(list(actors), num_returns=count, timeout=READY)
+        for one in late:
+            self.ray.kill(actors[one])
         try:
-            return bool(self.ray.get(done))
-        except self.ray.exceptions.RayTaskError:
-            raise
+            self.ray.get(done)
         except self.ray.exceptions.RayActorError as e:
             raise UserError(f"A worker could not be started: {e}") from None
+        return [actors[one] for one in done]
 
     def _replace(self, dead: Any) -> list[Any]:
-        """A new actor in the place of one; none where Ray has no room."""
+        """A new actor in the place of one, in a list that is empty where Ray has no room."""
         self.ray.kill(dead)
         self.crew.remove(dead)
         self.restarted += 1
-        actor = self._actor()
-        if self._is_ready(actor):
-            self.crew.append(actor)
-            return [actor]
-        self.ray.kill(actor)
+        new = self._actors(1)
+        self.crew += new
+        if new:
+            return new
         if not self.crew:
             raise UserError("The last worker died, and Ray has no room for another: the same command goes on later.")
         warnings.warn(f"Ray has no room to start a worker again: {len(self.crew)} play on.", stacklevel=2)
