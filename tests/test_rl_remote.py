@@ -82,7 +82,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerConfig]:
     like = folder / "like"
     export(saved(qwen(), folder / "own"), like)
     for url in serve(like):
-        yield ServerConfig(url=url, like=str(like), folder=str(folder / "weights"))
+        yield ServerConfig(url=url, like=str(like), folder=str(folder))
 
 
 # ---------------------------------------------------------------------------------------- the same rules
@@ -134,13 +134,13 @@ def test_it_learns_from_a_server(place: ServerConfig, tmp_path: Path) -> None:
 def test_weights_that_do_not_arrive_stop_the_run(place: ServerConfig, tmp_path: Path) -> None:
     """The twin, and the other way to push."""
     learning = {"steps": 3, "muon_lr": 0.02, "problems": 8}
-    copied = place.model_copy(update={"push": ("touch", str(tmp_path / "pushed"), "{path}/model.safetensors")})
+    elsewhere = place.model_copy(update={"push": ("touch", str(tmp_path / "pushed"), "{path}/model.safetensors")})
     with pytest.raises(UserError, match="at step [01]: engine and trainer disagree.* See that the server takes"):
         once = place.model_copy(update={"push": ("true",)})
         learn(qwen(), CHAT, [(Digits(), 1.0)], config(**learning, server=once), tmp_path / "a")
     with pytest.raises(UserError, match="engine and trainer disagree"):
-        learn(qwen(), CHAT, [(Digits(), 1.0)], config(**learning, server=copied), tmp_path / "b")
-    assert (tmp_path / "pushed").exists() and (Path(place.folder) / "model.safetensors").exists()
+        learn(qwen(), CHAT, [(Digits(), 1.0)], config(**learning, server=elsewhere), tmp_path / "b")
+    assert (tmp_path / "pushed").exists() and (Path(place.folder) / "weights/model.safetensors").exists()
     with pytest.raises(UserError, match=r"rl.server.push: false failed \(1\)"):
         no = place.model_copy(update={"push": ("false",)})
         learn(qwen(), CHAT, [(Digits(), 1.0)], config(**learning, server=no), tmp_path / "c")
@@ -157,7 +157,7 @@ def test_one_that_is_busy_is_asked_again(place: ServerConfig, monkeypatch: pytes
     async def asked() -> tuple[remote.Piece, int]:
         async with Server(place.model_copy(update={"model": "tiny"}), 1) as server:
             await server.ask("POST", "/be_busy")
-            return await server.go_on((5, 6, 7), 4, (), (), 1.0, 3), server.failed
+            return await server.go_on((5, 6, 7), 4, (), 1.0, 3), server.failed
 
     monkeypatch.setattr(remote, "WAITS", (0.0, 0.0))
     piece, failed = asyncio.run(asked())
@@ -198,6 +198,7 @@ def test_what_can_not_be_asked_for(place: ServerConfig, tmp_path: Path) -> None:
         ({"halt_repeating": 30}, "not asked for halt_repeating"),
         ({"replay": "sampler"}, "which a server does not say"),
         ({"server": place.model_copy(update={"model": "other"})}, "refused: 404"),
+        ({"server": place.model_copy(update={"push": ("no-such-command",)})}, "no-such-command can't be run"),
         ({"server": place.model_copy(update={"key": "NO_SUCH_KEY"})}, "no environment variable 'NO_SUCH_KEY'"),
     ):
         with pytest.raises(UserError, match=says):

@@ -16,7 +16,7 @@ class ServerConfig(Frozen):
 
     url: str = Field(description="where it is, without /v1: http://127.0.0.1:8000")
     like: str = Field(description="the checkpoint that it was started with: an export of `start`")
-    folder: str = Field(description="folder that it can read, too, for the weights of each step")
+    folder: str = Field(description="folder that it can read, too: each step's weights are put into `weights` there")
     push: Literal["vllm"] | tuple[str, ...] = Field(
         default="vllm", description="how it is told to read them: vLLM's endpoints, or a command with {path}"
     )

@@ -60,6 +60,7 @@ from trivet.train.data import stable_hash
 
 ASKED = {"temperature", "seed", "max_tokens", "thinking", "budget_for", "answer_reserve", "keep_sets"}
 WAITS = (0.5, 2.0, 8.0, 0.0)  # seconds after each try that failed
+CONNECT = 10.0  # seconds
 SEEDS = 2**31  # that every server takes
 
 
@@ -96,7 +97,7 @@ class Server:
             headers["Authorization"] = f"Bearer {os.environ[c.key]}"
         limits = self.http.Limits(max_connections=self.connections)
         self.client = self.http.AsyncClient(
-            base_url=c.url.rstrip("/"), headers=headers, timeout=self.http.Timeout(c.seconds, pool=None),
+            base_url=c.url.rstrip("/"), headers=headers, timeout=self.http.Timeout(c.seconds, connect=CONNECT, pool=None),
             limits=limits,
         )  # fmt: skip
         return self
@@ -121,7 +122,10 @@ class Server:
             raise Failed(f"{self.config.url}{path}: {failed}")
         if answer.status_code >= 400:
             raise UserError(f"{self.config.url}{path} refused: {answer.status_code}: {answer.text[:300]}")
-        return answer.json() if answer.content else None
+        try:
+            return answer.json() if answer.content else None
+        except ValueError:
+            raise UserError(f"{self.config.url}{path}: the answer is no JSON: {answer.text[:300]}") from None
 
     async def find(self) -> None:
         """What the model is called there, where the settings don't say it."""
@@ -135,13 +139,13 @@ class Server:
             self.name = names[0]
 
     async def go_on(
-        self, prompt: Sequence[int], most: int, stop_ids: Iterable[int], stop: Sequence[str], temperature: float, seed: int
+        self, prompt: Sequence[int], most: int, stop_ids: Iterable[int], temperature: float, seed: int
     ) -> Piece:  # fmt: skip
-        """At most so many tokens after a prompt, up to and with one of `stop_ids` or the end of a text in `stop`."""
+        """At most so many tokens after a prompt, up to and with one of `stop_ids`."""
         body = {
             "model": self.name, "prompt": list(prompt), "max_tokens": most, "temperature": temperature, "seed": seed,
             "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,  # not what a generation_config.json says
-            "stop_token_ids": sorted(stop_ids), "stop": list(stop), "ignore_eos": True, "skip_special_tokens": False,
+            "stop_token_ids": sorted(stop_ids), "ignore_eos": True,
             "logprobs": 0, "return_token_ids": True,
         }  # fmt: skip
         answer = await self.ask("POST", "/v1/completions", body)
@@ -200,6 +204,11 @@ class RemoteModel:
         if extra:
             raise UserError(f"A server is not asked for {', '.join(extra)}: leave it out, or leave out rl.server.")
         request = as_request(self.chat, messages, tools, sampling)
+        if request.stop_on_tool and self.chat.tool_close_id < 0 and self.chat.markers.tool_close:
+            raise UserError(
+                f"A server can't be told to stop at {self.chat.markers.tool_close!r}, which is several tokens in this "
+                "vocabulary: leave out tasks with tools, or rl.server."
+            )
         try:
             limits = Limits.of(request, self.chat, self.slots)
         except NoRoom:
@@ -233,9 +242,8 @@ class RemoteModel:
         most = min(thought + 1, room) if answer.thinking else room  # the token more shows whether it would have closed
         tag = chat.think_close_id if answer.thinking else chat.think_open_id
         called = chat.tool_close_id if request.stop_on_tool else -1
-        texts = [chat.markers.tool_close] if request.stop_on_tool and called < 0 and chat.markers.tool_close else []
         piece = await self.server.go_on(
-            (*request.prompt, *answer.tokens), most, {id for id in (chat.end_id, tag, called) if id >= 0}, texts,
+            (*request.prompt, *answer.tokens), most, {id for id in (chat.end_id, tag, called) if id >= 0},
             s.temperature, stable_hash(s.seed, number) % SEEDS,
         )  # fmt: skip
         tokens, logprobs = piece.tokens, piece.logprobs
@@ -251,16 +259,14 @@ class RemoteModel:
         answer.thought += sum(token != tag for token in tokens) if answer.thinking else 0
         if tokens[-1] == chat.end_id:
             return StopReason.END
-        if tokens[-1] == called or (texts and chat.closes_call(answer.tokens)):
+        if tokens[-1] == called:
             return StopReason.TOOL_CALL
         if len(tokens) == room:
             return StopReason.LENGTH
         if tokens[-1] == tag:
             answer.thinking = not answer.thinking
             return None
-        if piece.full:  # the server's own limit is lower than ours
-            return StopReason.LENGTH
-        return None if texts else StopReason.STOP_STRING  # a tag in a text that is no call; a token that it stops at
+        return StopReason.LENGTH if piece.full else StopReason.STOP_STRING  # a limit, or an end, of the server's own
 
 
 # -------------------------------------------------------------------------------------------- Sampler
@@ -279,7 +285,11 @@ class Remote(Sampler):
                 "rl.replay = 'sampler' needs the sampler's experts, which a server does not say: 'trainer'."
             )
         described = read_config_file(Path(self.where.like) / "config.json")
-        self._config = dict(described.config)
+        if described.config.get("quantization_config"):
+            raise UserError(
+                f"rl.server.like: {self.where.like} is quantized, and what is learnt is not: serve a plain one."
+            )
+        self._config = dict(described.config) | {"dtype": str(model.embed.dtype).removeprefix("torch.")}
         for what in differences(
             in_pairs(_plain(model)).spec, described.spec.model_copy(update={"mtp": model.spec.mtp})
         ):
@@ -291,8 +301,11 @@ class Remote(Sampler):
         return replace(batch, counts=batch.counts | {"server/failed": self.failed - before})
 
     def _player(self) -> Player:
-        self.write_weights()
-        asyncio.run(self._push())
+        path = self.write_weights()
+        if self.where.push == "vllm":
+            asyncio.run(self._push(path))
+        else:
+            self._command([part.replace("{path}", str(path)) for part in self.where.push])
         return lambda jobs: asyncio.run(self._play_all(jobs))
 
     async def _play_all(self, jobs: Sequence[Job]) -> list[Attempt]:
@@ -306,23 +319,25 @@ class Remote(Sampler):
 
     # --- weights ------------------------------------------------------------------------------------
     @torch.no_grad()
-    def write_weights(self) -> None:
-        with atomic_dir(Path(self.where.folder)) as aside:
+    def write_weights(self) -> Path:
+        """Where they are now: in a folder of their own, for what was there is replaced."""
+        path = Path(self.where.folder).absolute() / "weights"
+        with atomic_dir(path) as aside:
             save_checkpoint(in_pairs(_plain(self.model)), aside, self._config)
+        return path
 
-    async def _push(self) -> None:
-        path = str(Path(self.where.folder).absolute())
-        if self.where.push != "vllm":
-            command = [part.replace("{path}", path) for part in self.where.push]
+    def _command(self, command: Sequence[str]) -> None:
+        try:
             done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise UserError(
-                    f"rl.server.push: {command[0]} failed ({done.returncode}): {done.stderr.strip()[-300:]}"
-                )
-            return
+        except OSError as e:
+            raise UserError(f"rl.server.push: {command[0]} can't be run: {e.strerror}.") from None
+        if done.returncode:
+            raise UserError(f"rl.server.push: {command[0]} failed ({done.returncode}): {done.stderr.strip()[-300:]}")
+
+    async def _push(self, path: Path) -> None:
         try:
             async with Server(self.where, 1) as server:
-                body = {"method": "reload_weights", "kwargs": {"weights_path": path}}
+                body = {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}
                 await server.ask("POST", "/collective_rpc", body)
                 emptied = await server.ask("POST", "/reset_prefix_cache")
         except Failed as e:

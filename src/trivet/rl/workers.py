@@ -21,6 +21,8 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import signal
+import threading
 import warnings
 from collections import deque
 from collections.abc import Sequence
@@ -204,6 +206,7 @@ def _start(config: RLConfig, threads: int, device: torch.device) -> tuple[Any, b
     ours = not ray.is_initialized()
     if ours:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
+        on_term = signal.getsignal(signal.SIGTERM)
         local = config.ray_address is None
         try:
             ray.init(
@@ -212,6 +215,8 @@ def _start(config: RLConfig, threads: int, device: torch.device) -> tuple[Any, b
             )  # fmt: skip
         except ConnectionError as e:
             raise UserError(f"rl.ray_address = {config.ray_address!r}: no Ray there: {e}") from None
+        if threading.current_thread() is threading.main_thread():  # Ray would answer with a stack trace
+            signal.signal(signal.SIGTERM, on_term)
     for what, needed in (("CPU", threads), ("GPU", int(device.type == "cuda"))):
         there = int(ray.cluster_resources().get(what, 0))
         if there < config.workers * needed:
