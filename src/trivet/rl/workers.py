@@ -94,7 +94,7 @@ class Workers(Sampler):
         super().__init__(model, chat, tasks, config, device, rewards)
         self.threads, self.restarted = torch.get_num_threads(), 0
         self.crew: list[Any] = []
-        self.ray, self._ours = _start(config, self.threads, torch.device(device))
+        self.ray, self._ours = connect(config, self.threads, torch.device(device))
         job = (copy.deepcopy(model).to("cpu"), chat, list(tasks), config, str(device), self.threads)
         self._job = [self.ray.put(part) for part in job]
         try:
@@ -197,7 +197,7 @@ class Workers(Sampler):
             self.ray.shutdown()
 
 
-def _start(config: RLConfig, threads: int, device: torch.device) -> tuple[Any, bool]:
+def connect(config: RLConfig, threads: int, device: torch.device) -> tuple[Any, bool]:
     """Ray, connected to, and whether that is our doing. Raises UserError where it isn't there or is too small."""
     try:
         import ray
