@@ -192,7 +192,7 @@ def test_what_an_answer_must_hold(change: dict[str, Any], says: str) -> None:
         server._read({"error": "?"}, (7, 8))
 
 
-def test_what_can_not_be_asked_for(place: ServerConfig, tmp_path: Path) -> None:
+def test_what_can_not_be_asked_for(place: ServerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for change, says in (
         ({"top_p": 0.9}, "not asked for top_p"),
         ({"halt_repeating": 30}, "not asked for halt_repeating"),
@@ -205,6 +205,9 @@ def test_what_can_not_be_asked_for(place: ServerConfig, tmp_path: Path) -> None:
             learn(qwen(), CHAT, [(Digits(), 1.0)], config(**{"server": place} | change), tmp_path / says[:9])
     with pytest.raises(UserError, match="is no model of this shape"):
         learn(make("gqa/moe"), CHAT, [(Digits(), 1.0)], config(server=place), tmp_path / "z")
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    with pytest.raises(UserError, match=r"pip install 'trivet\[remote\]'"):
+        Server(place, 1)
     with pytest.raises(ValueError, match="both play the episodes"):
         config(server=place, workers=2)
 

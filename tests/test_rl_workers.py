@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -158,9 +159,12 @@ def test_episodes_that_kill_every_worker_stop_the_run(address: str, monkeypatch:
         sampler.close()
 
 
-def test_what_ray_has_no_room_for_is_refused(address: str) -> None:
+def test_what_ray_has_no_room_for_is_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="rl.workers = 3 of 1 CPU each need 3, and Ray has 2"):
         Workers(make(), CHAT, TASKS, config(workers=3, ray_address=address), "cpu")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"pip install 'trivet\[ray\]'"):
+        Workers(make(), CHAT, TASKS, config(workers=1), "cpu")
     with pytest.raises(ValueError, match="`partial` cuts the batch of one engine"):
         config(workers=2, partial=0.5)
 

@@ -14,12 +14,13 @@ stops when it exceeds what rounding explains, because then one of the two is wro
 
 Where the engine is a server with other kernels, more than rounding is to be explained: an expectation over its
 tokens is one over another policy's. `correction = "tis"` is truncated importance sampling (Yao et al. 2025, "Your
-Efficient RL Framework Secretly Brings You Off-Policy RL Training"; the truncation: Ionides 2008): the surrogate of a token is multiplied by
+Efficient RL Framework Secretly Brings You Off-Policy RL Training"; the truncation: Ionides 2008). The surrogate of a
+token is multiplied by
 
     w = min(pi_old(t) / pi_engine(t), cap), without gradient
 
-so that what the engine likes better than the trainer counts less; the cap bounds the variance and leaves a bias. `tis/*` are its
-mean and the share of tokens at the cap. Of stale tokens w is 1: their ratio's denominator is the engine's already.
+so that what the engine likes better than the trainer counts less; the cap bounds the variance and leaves a bias. `tis/*`
+are its mean and the share of tokens at the cap. Of stale tokens w is 1: their ratio's denominator is the engine's already.
 
 Tokens of an episode that older weights sampled (`Row.stale`, see carry.py) have no such pass: the weights are gone. Their
 denominator is the engine's log-probability, so that the objective's clip bounds how far off-policy they count, and
@@ -35,7 +36,8 @@ chose ("routing replay", GSPO, 2507.18071), `sampler` replays what the engine ch
 2510.11370), for tokens that it computed for the episode itself; of the others (found in its prefix store, or
 carried over from an earlier step) the trainer's first choice is replayed. `routing/agreement` is the share of its choices that the trainer's router shares.
 
-Left out: shuffling between epochs (minibatches are the same in each, so what was recorded stays with its rows).
+Left out: shuffling between epochs (minibatches are the same in each, so what was recorded stays with its rows);
+weights of whole sequences, and masking instead of truncating.
 """
 
 from __future__ import annotations
