@@ -131,6 +131,14 @@ def test_it_learns_from_a_server(place: ServerConfig, tmp_path: Path) -> None:
     assert logged[0]["budget_hit"] > 0
 
 
+def test_a_batch_ahead_from_a_server(place: ServerConfig, tmp_path: Path) -> None:
+    logged: list[dict[str, Any]] = []
+    asked = config(steps=2, lag=1, server=place)
+    learn(qwen(), CHAT, [(Digits(), 1.0)], asked, tmp_path, progress=logged.append)
+    assert logged[0]["mismatch/max_abs_log"] < 1e-4 and logged[0]["tis/mean"] == pytest.approx(1, abs=1e-4)
+    assert logged[1]["stale/share"] == 1 and logged[1]["tis/mean"] == 1
+
+
 def test_weights_that_do_not_arrive_stop_the_run(place: ServerConfig, tmp_path: Path) -> None:
     """The twin, and the other way to push."""
     learning = {"steps": 3, "muon_lr": 0.02, "problems": 8}
