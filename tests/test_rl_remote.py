@@ -22,6 +22,7 @@ from trivet.config import UserError
 from trivet.engine import Engine, EngineModel
 from trivet.messages import ChatModel, Sampling, StopReason
 from trivet.model import Transformer, save_model
+from trivet.model.lora import Size, adapter_parameters, attach, places
 from trivet.recipes.export import export
 from trivet.rl import remote
 from trivet.rl.config import ServerConfig
@@ -129,6 +130,16 @@ def test_it_learns_from_a_server(place: ServerConfig, tmp_path: Path) -> None:
         assert 0 < line["mismatch/max_abs_log"] < 1e-4 and line["ratio/max_abs_log"] == 0
         assert line["tis/mean"] == pytest.approx(1, abs=1e-4) and line["tis/capped"] == 0
     assert logged[0]["budget_hit"] > 0
+
+
+def test_adapters_reach_the_server_merged(place: ServerConfig, tmp_path: Path) -> None:
+    logged: list[dict[str, Any]] = []
+    model = qwen()
+    attach(model, dict.fromkeys(places(model), Size(4, 8, False)))
+    asked = config(steps=3, adam_lr=0.05, server=place)
+    learn(model, CHAT, [(Digits(), 1.0)], asked, tmp_path, progress=logged.append)
+    assert all(line["mismatch/max_abs_log"] < 1e-4 for line in logged)
+    assert max(p.abs().max() for name, p in adapter_parameters(model).items() if name.endswith(".b")) > 0.05
 
 
 def test_a_batch_ahead_from_a_server(place: ServerConfig, tmp_path: Path) -> None:
