@@ -43,7 +43,7 @@ PROBES_ALLOWED: set[str] = set()  # "file.py:function", each with a reason
 # Installed by extras only, or slow to import: never at the top of a file.
 LAZY = {
     "matplotlib", "tensorboard", "pydantic_monty", "reasoning_gym", "math_verify", "llguidance", "jsonschema", "pyarrow",
-    "verifiers",
+    "verifiers", "ray", "httpx2",
 }  # fmt: skip
 READS_TEXT = {"rl/preference.py"}  # a reward model reads answers as people do; no policy is trained on its ids
 MAKES_IDS = {"encode", "encode_text", "encode_batch", "tokenise", "tokenizer"}

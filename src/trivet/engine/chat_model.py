@@ -39,7 +39,7 @@ class EngineModel:
         request = replace(self.request(messages, tools, sampling), so_far=so_far)
         id = self._add(request, messages)
         if id is None:
-            return self.message(request, _out_of_room(request), tools)
+            return self.message(request, out_of_room(request), tools)
         future = asyncio.get_running_loop().create_future()
         self._futures[id] = future
         while not self._driven and not future.done():
@@ -53,7 +53,7 @@ class EngineModel:
         request = self.request(messages, tools, sampling)
         id = self._add(request, messages)
         splitter, seen = self.chat.splitter(self.chat.thinking_open(request.prompt), tools, sampling.stop), 0
-        completion = _out_of_room(request) if id is None else None
+        completion = out_of_room(request) if id is None else None
         while id is not None and completion is None:
             completion = dict(self.engine.step()).get(id)
             tokens = completion.tokens if completion is not None else self.engine.so_far(id)
@@ -109,15 +109,7 @@ class EngineModel:
                 future.set_result(completion)
 
     def request(self, messages: Sequence[Message], tools: Sequence[ToolSpec], sampling: Sampling) -> Request:
-        """A conversation as a request: its ids, and what its turn has already spent on thinking."""
-        rendered = self.chat.render(messages, tools, thinking=sampling.thinking != "off", generate=True)
-        used = 0
-        for message in reversed(messages):
-            if message.role == "user" and sampling.budget_for == "turn":
-                break
-            if message.completion is not None:
-                used += message.completion.reasoning_tokens
-        return Request(tuple(rendered.ids), sampling, used, stop_on_tool=bool(tools))
+        return as_request(self.chat, messages, tools, sampling)
 
     def _add(self, request: Request, messages: Sequence[Message]) -> int | None:
         """Queue a request; None where what its own tools answered has used up the room that was left."""
@@ -129,11 +121,27 @@ class EngineModel:
             raise
 
     def message(self, request: Request, completion: Completion, tools: Sequence[ToolSpec]) -> Message:
-        inside, stops = self.chat.thinking_open(request.prompt), request.sampling.stop
-        parsed = self.chat.parse(completion.tokens, inside, tools, stops)
-        return replace(parsed, cut=completion.budget_hit, completion=completion)
+        return as_message(self.chat, request, completion, tools)
 
 
-def _out_of_room(request: Request) -> Completion:
+def as_request(chat: Chat, messages: Sequence[Message], tools: Sequence[ToolSpec], sampling: Sampling) -> Request:
+    """A conversation as a request: its ids, and what its turn has already spent on thinking."""
+    rendered = chat.render(messages, tools, thinking=sampling.thinking != "off", generate=True)
+    used = 0
+    for message in reversed(messages):
+        if message.role == "user" and sampling.budget_for == "turn":
+            break
+        if message.completion is not None:
+            used += message.completion.reasoning_tokens
+    return Request(tuple(rendered.ids), sampling, used, stop_on_tool=bool(tools))
+
+
+def as_message(chat: Chat, request: Request, completion: Completion, tools: Sequence[ToolSpec]) -> Message:
+    inside, stops = chat.thinking_open(request.prompt), request.sampling.stop
+    parsed = chat.parse(completion.tokens, inside, tools, stops)
+    return replace(parsed, cut=completion.budget_hit, completion=completion)
+
+
+def out_of_room(request: Request) -> Completion:
     """An episode that ends because nothing more fits: no tokens, and the reason."""
     return Completion("", (), (), (), (), StopReason.LENGTH, request.prompt)

@@ -12,7 +12,7 @@ trainer are compared.
 Weights are handed over in shared memory, between two batches. The state on disk holds the weights that sample the
 batch that is under way, so a run that is started again samples it again.
 
-Left out: a lag of more than one, sampling on other machines.
+Left out: a lag of more than one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from trivet.chat import Chat
 from trivet.config import UserError
@@ -42,7 +42,8 @@ from trivet.model.io import save_tensors
 from trivet.rl.config import RLConfig
 from trivet.rl.rewards import Reward
 from trivet.rl.rollout import rewarded
-from trivet.rl.sampler import Batch, Sampler
+from trivet.rl.sampler import Batch, Sampler, learning
+from trivet.rl.source import make_sampler
 from trivet.tasks import Climber, Task
 
 KEPT = 2  # states, as of training
@@ -72,7 +73,7 @@ class Ahead:
                 "of the recipe's threads, or set rl.lag = 0."
             )
         self.model, self.config, self.folder = model, config, folder
-        self.shared = {name: p.detach().to("cpu", copy=True).share_memory_() for name, p in _learning(model)}
+        self.shared = {name: p.detach().to("cpu", copy=True).share_memory_() for name, p in learning(model)}
         self._job = (copy.deepcopy(model).to("cpu"), chat, list(tasks), config, str(device))
         self._process: BaseProcess | None = None
         self._asked = -1  # the step whose batch is under way
@@ -86,7 +87,7 @@ class Ahead:
         if self.rewards:  # terms may hold models, so they stay in this process
             batch = replace(batch, attempts=rewarded(batch.attempts, self.rewards))
         if step + 1 < self.config.steps:
-            for name, p in _learning(self.model):
+            for name, p in learning(self.model):
                 self.shared[name].copy_(p.detach())
             self._ask(step + 1)
         if step == 0:
@@ -155,11 +156,6 @@ class Ahead:
             self._pipe.close()
 
 
-def _learning(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """What changes from step to step; routers' balancing biases don't in RL."""
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-
-
 def _work(
     pipe: Connection, model: Transformer, chat: Chat, tasks: list[tuple[Task, float]], config: RLConfig, device: str,
     shared: dict[str, Tensor], threads: int,
@@ -170,7 +166,7 @@ def _work(
     torch.set_num_threads(threads)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     model = model.to(device)
-    sampler = Sampler(model, chat, tasks, config, device)
+    sampler: Sampler | None = None
     while True:
         try:
             step = pipe.recv()
@@ -178,8 +174,10 @@ def _work(
             return
         try:
             with torch.no_grad():
-                for name, p in _learning(model):
+                for name, p in learning(model):
                     p.copy_(shared[name])
+            if sampler is None:  # here, where it is told what goes wrong
+                sampler = make_sampler(model, chat, tasks, config, device)
             pipe.send(sampler.sample(step))
         except UserError as e:
             pipe.send(e)

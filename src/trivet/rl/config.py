@@ -11,6 +11,20 @@ from trivet.rl.objectives import find_objective
 from trivet.spec import Frozen
 
 
+class ServerConfig(Frozen):
+    """A server that plays the episodes: see remote.py."""
+
+    url: str = Field(description="where it is, without /v1: http://127.0.0.1:8000")
+    like: str = Field(description="the checkpoint that it was started with: an export of `start`")
+    folder: str = Field(description="folder that it can read, too: each step's weights are put into `weights` there")
+    push: Literal["vllm"] | tuple[str, ...] = Field(
+        default="vllm", description="how it is told to read them: vLLM's endpoints, or a command with {path}"
+    )
+    model: str | None = Field(default=None, description="the model's name there; unset: the only one that it lists")
+    key: str | None = Field(default=None, description="environment variable that holds the server's key")
+    seconds: float = Field(default=600.0, gt=0, description="that one answer may take")
+
+
 class RLConfig(Frozen):
     """How to learn from rewards. Nothing here says which tasks."""
 
@@ -26,6 +40,13 @@ class RLConfig(Frozen):
     lag: int = Field(
         default=0, ge=0, le=1, description="1: a process samples each batch while the one before is learnt from"
     )
+    workers: int = Field(
+        default=0, ge=0, description="Ray actors that play the episodes, see workers.py; 0: this process"
+    )
+    ray_address: str | None = Field(
+        default=None, description="a running Ray's address; unset: one on this machine only"
+    )
+    server: ServerConfig | None = Field(default=None, description="a server that plays the episodes, see remote.py")
     temperature: float = Field(default=1.0, gt=0, description="of sampling, and of the probabilities trained")
     top_p: float = Field(default=1.0, gt=0, le=1, description="draw from the likeliest tokens that reach this share")
     top_k: int = Field(default=0, ge=0, description="draw from so many of the likeliest tokens; 0: from all")
@@ -47,6 +68,11 @@ class RLConfig(Frozen):
         default="trainer",
         description="whose choice of experts is replayed, see epochs.py: of its first pass, the engine's",
     )
+    correction: Literal["none", "tis"] | None = Field(
+        default=None,
+        description="tis: weigh tokens by min(p in the trainer / p in the engine, cap); unset: with a server",
+    )
+    correction_cap: float = Field(default=2.0, gt=0, description="cap of `correction`")
     muon_lr: float = Field(default=0.003, ge=0, description="learning rate of the matrices")
     adam_lr: float = Field(default=3e-4, ge=0, description="learning rate of everything else")
     decay_share: float = Field(
@@ -89,4 +115,13 @@ class RLConfig(Frozen):
             raise ValueError("a step that is cut off has no further rounds: give either `partial` or `dynamic`")
         if self.partial < 1 and self.lag:
             raise ValueError("`partial` and `lag` are two ways not to wait for the last answer: give one of them")
+        if self.workers and self.server is not None:
+            raise ValueError("`workers` and `server` both play the episodes: give one of them")
+        if self.partial < 1 and (self.workers or self.server is not None):
+            raise ValueError("`partial` cuts the batch of one engine here: leave it out, or `workers` and `server`")
         return self
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the difference between engine and trainer is weighed."""
+        return self.correction == "tis" or (self.correction is None and self.server is not None)

@@ -8,9 +8,19 @@ weights, but sum in another order, so they differ by rounding. The objective's i
 about *weights*: its denominator pi_old is the trainer's own forward at the weights that sampled. Of the first
 minibatch that is the forward of its own first update (where the ratio is then exactly 1; anything else is a bug
 and stops the run), so a single update on a whole batch costs no further pass; of the others it is a pass
-without gradient before the first update. The difference between engine and trainer is *not* a ratio to be
-corrected away: it is measured apart (`mismatch/*`, k3 estimate of KL(engine || trainer)), and a run
+without gradient before the first update. The difference between engine and trainer is *not* part of that ratio:
+it is measured apart (`mismatch/*`, k3 estimate of KL(engine || trainer)), and a run
 stops when it exceeds what rounding explains, because then one of the two is wrong.
+
+Where the engine is a server with other kernels, more than rounding is to be explained: an expectation over its
+tokens is one over another policy's. `correction = "tis"` is truncated importance sampling (Yao et al. 2025, "Your
+Efficient RL Framework Secretly Brings You Off-Policy RL Training"; the truncation: Ionides 2008). The surrogate of a
+token is multiplied by
+
+    w = min(pi_old(t) / pi_engine(t), cap), without gradient
+
+so that what the engine likes better than the trainer counts less; the cap bounds the variance and leaves a bias. `tis/*`
+are its mean and the share of tokens at the cap. Of stale tokens w is 1: their ratio's denominator is the engine's already.
 
 Tokens of an episode that older weights sampled (`Row.stale`, see carry.py) have no such pass: the weights are gone. Their
 denominator is the engine's log-probability, so that the objective's clip bounds how far off-policy they count, and
@@ -26,7 +36,8 @@ chose ("routing replay", GSPO, 2507.18071), `sampler` replays what the engine ch
 2510.11370), for tokens that it computed for the episode itself; of the others (found in its prefix store, or
 carried over from an earlier step) the trainer's first choice is replayed. `routing/agreement` is the share of its choices that the trainer's router shares.
 
-Left out: shuffling between epochs (minibatches are the same in each, so what was recorded stays with its rows).
+Left out: shuffling between epochs (minibatches are the same in each, so what was recorded stays with its rows);
+weights of whole sequences, and masking instead of truncating.
 """
 
 from __future__ import annotations
@@ -71,6 +82,14 @@ class Seen:
     stale_k3: float = 0.0  # KL(what sampled them || the policy of now)
     shared: int = 0  # choices of experts that engine and trainer share
     choices: int = 0
+    scaled: int = 0  # tokens that have a weight
+    scale: float = 0.0  # the sum of the weights
+    capped: int = 0
+
+    def correct(self, scale: Tensor, cap: float) -> None:
+        self.scaled += len(scale)
+        self.scale += scale.double().sum().item()
+        self.capped += int((scale >= cap).sum())
 
     def add(self, part: Packed, logp: Tensor, routing: Routing) -> None:
         away = (logp - part.sampler).double()  # k3 of a rounding error is far below fp32
@@ -94,6 +113,8 @@ class Seen:
                 "stale/share": self.stale_tokens / (self.tokens + self.stale_tokens),
                 "stale/kl": self.stale_k3 / self.stale_tokens,
             }
+        if self.scaled:
+            values |= {"tis/mean": self.scale / self.scaled, "tis/capped": self.capped / self.scaled}
         return values | ({"routing/agreement": self.shared / self.choices} if self.choices else {})
 
 
@@ -173,6 +194,9 @@ class Updates:
         """Keep what the first forward pass over a part gave, for later updates."""
         part.old = logp if part.stale is None else torch.where(part.stale, part.sampler, logp)
         seen.add(part, logp, routing)
+        if self.config.corrects:
+            part.scale = (part.old - part.sampler).exp().clamp(max=self.config.correction_cap)
+            seen.correct(part.scale, self.config.correction_cap)
         if self.config.replay != "none":  # also where the engine's choice was not known
             part.experts = routing.experts or None
         if self.reference is not None:
@@ -191,7 +215,7 @@ class Updates:
             loss, metrics = policy_loss(
                 self.objective, logp, part.old, batch.advantage, part.sequence,
                 torch.ones_like(part.sequence, dtype=torch.bool),
-                logp_ref=part.reference, entropy=entropy, totals=batch.totals,
+                logp_ref=part.reference, entropy=entropy, scale=part.scale, totals=batch.totals,
             )  # fmt: skip
             loss.backward()
             if part.stale is not None:
@@ -213,8 +237,13 @@ class Updates:
         if ratio != 0:
             raise RuntimeError(f"step {step}: the ratio of the first update is not 1 (|log| = {ratio}): a bug")
         if mismatch > self.config.mismatch_limit:
+            elsewhere = (
+                " See that the server takes each step's weights, and gives log-probabilities at rl.temperature."
+                if self.config.server is not None
+                else ""
+            )
             raise UserError(
                 f"RL stopped at step {step}: engine and trainer disagree, KL = {mismatch:.2e} a token, more "
                 f"than mismatch_limit = {self.config.mismatch_limit:g}. One of the two forward passes is wrong; "
-                "if the model runs in a low precision, try fp32 or raise the limit."
+                f"if the model runs in a low precision, try fp32 or raise the limit.{elsewhere}"
             )

@@ -40,7 +40,8 @@ from trivet.rl.objectives import advantages, find_objective
 from trivet.rl.page import LINES, describe_episode
 from trivet.rl.rewards import Reward
 from trivet.rl.rollout import Attempt
-from trivet.rl.sampler import Sampler, graded
+from trivet.rl.sampler import graded
+from trivet.rl.source import make_sampler
 from trivet.rl.summary import describe
 from trivet.rl.update import pack
 from trivet.tasks import Task
@@ -115,7 +116,7 @@ class _Run:
             "spec": model.spec.model_dump(mode="json"),
             "tasks": [[task.name, weight] for task, weight in tasks],
         }
-        for harmless in ("save_every_seconds", "page_every", "tensorboard", "recompute"):
+        for harmless in ("save_every_seconds", "page_every", "tensorboard", "recompute", "workers", "ray_address"):
             del self.identity["rl"][harmless]
         if rewards:
             self.identity["rewards"] = [[reward.label, reward.weight] for reward in rewards]
@@ -124,7 +125,7 @@ class _Run:
         self.sampler = (
             Ahead(model, chat, tasks, config, device, out / "ahead", rewards)
             if config.lag
-            else Sampler(model, chat, tasks, config, device, rewards)
+            else make_sampler(model, chat, tasks, config, device, rewards)
         )
         self.step, self.seconds, self.metrics = 0, 0.0, {}
         self.journal, self.rollouts = Journal(out / "metrics.jsonl"), Journal(out / LINES)

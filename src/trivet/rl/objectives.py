@@ -19,6 +19,9 @@ rows differ from the second update of a batch on, and by normaliser and advantag
 PPO (1707.06347) without its critic is the clip of grpo, dr_grpo and dapo with the settings `epochs` and `minibatches`
 (`epochs.py`), so it has no row. Before the first step every ratio is 1 and clip and cap do nothing.
 
+A token may have a weight of its own, without gradient (`scale`; for what, see epochs.py): it multiplies the surrogate,
+not the KL term.
+
 Tokens lie flat with the index of their sequence, so packed rows need no padding. Left out: critics,
 token-level advantages, DAPO's soft length punishment (a matter of reward), dual clip.
 """
@@ -113,11 +116,12 @@ def policy_loss(
     *,
     logp_ref: Tensor | None = None,
     entropy: Tensor | None = None,
+    scale: Tensor | None = None,
     totals: Totals | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss to minimise and its metrics, of tokens [N] that belong to sequences 0..S-1.
 
-    advantage [S]; sequence [N] int64; mask [N] bool, True where the model wrote the token.
+    advantage [S]; sequence [N] int64; mask [N] bool, True where the model wrote the token; scale [N].
     The loss and all metrics but ratio_max_abs_log (a maximum) are sums over these tokens divided by
     `totals`, so that those of a batch's parts add up to those of the batch.
     """
@@ -133,7 +137,7 @@ def policy_loss(
         mean = torch.zeros_like(lengths).index_add(0, sequence, change) / lengths.clamp_min(1)
         log_ratio = mean[sequence]
     surrogate, clipped = _surrogate(objective, log_ratio.exp(), advantage[sequence], logp)
-    loss = -(weight * surrogate).sum()
+    loss = -(weight * (surrogate if scale is None else scale * surrogate)).sum()
     share = real / max(totals.tokens, 1)
     metrics = {
         "clip_share": (share * clipped).sum(),

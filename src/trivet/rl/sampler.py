@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trivet.agent.loop import Episode
 from trivet.chat import Chat
@@ -41,6 +41,8 @@ from trivet.rl.rewards import Reward, rewards_of
 from trivet.rl.rollout import Attempt, Job, begin, draw_problems, grade_all, play
 from trivet.tasks import Climber, Task
 from trivet.train.data import stable_hash
+
+Player = Callable[[Sequence[Job]], list[Attempt]]
 
 
 @dataclass(frozen=True)
@@ -78,16 +80,20 @@ class Sampler:
         return replace(batch, seconds=time.perf_counter() - began)
 
     def _rounds(self, step: int) -> Batch:
-        c = self.config
-        engine = self._engine(c.problems * c.group)
+        c, play_all = self.config, self._player()
         attempts: list[Attempt] = []
         drawn, missing, rounds = 0, c.problems, 0
         while missing and rounds < c.dynamic:
-            attempts += play(engine, self._jobs(step, drawn, missing), c.max_turns)
+            attempts += play_all(self._jobs(step, drawn, missing))
             drawn, rounds = drawn + missing, rounds + 1
             missing = c.problems - int(spread(attempts, c.group).sum())
         counts = {"rounds": rounds, "drawn": drawn} if c.dynamic > 1 else {}
         return Batch(attempts, sum(attempt.tokens for attempt in attempts), counts)
+
+    def _player(self) -> Player:
+        """What plays the episodes of one step, by the weights as they are. See workers.py and remote.py for others."""
+        engine = self._engine(self.config.problems * self.config.group)
+        return lambda jobs: play(engine, jobs, self.config.max_turns)
 
     def _part(self, step: int) -> Batch:
         """Go on with what was carried, begin as many new groups as ever, and stop when enough of that is done."""
@@ -171,6 +177,11 @@ class Sampler:
             sampling_model(self.model, c), self.chat, min(c.max_rows, episodes), c.length + 1, torch.device(self.device),
             record_experts=c.replay == "sampler", prefix_bytes=PREFIX_BYTES if turns else 0,
         )  # fmt: skip
+
+
+def learning(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """What changes from step to step; routers' balancing biases don't in RL."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def graded(attempts: Sequence[Attempt], group: int) -> tuple[Tensor, Tensor]:

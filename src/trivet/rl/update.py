@@ -38,6 +38,7 @@ class Packed:
     stale: Tensor | None = None  # which of them older weights sampled; None: none
     old: Tensor | None = None  # in the trainer, before the batch's first update
     reference: Tensor | None = None  # in the starting model
+    scale: Tensor | None = None  # what the surrogate of each is multiplied by; None: 1
 
     def to(self, device: torch.device | str) -> Packed:
         return Packed(
