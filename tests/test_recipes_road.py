@@ -257,6 +257,17 @@ def test_raters_choose_between_two_answers_that_differ() -> None:
     assert abs(preferred - 1 / (1 + math.exp(-2 * 0.5))) < 0.04
 
 
+def test_examples_that_never_think_are_pointed_out(tmp_path: Path) -> None:
+    """Whoever trains on answers alone and evaluates with thinking wonders why nothing was learnt."""
+    for share, points_out in ((1.0, True), (0.5, False)):
+        data = small() | {"threads": 1}
+        stage = data["stages"]["base"]
+        stage["tasks"], stage["train"]["steps"] = [{"name": "arrange", "no_think": share}], 1
+        data["stages"] = {"base": stage}
+        said = run(data, tmp_path / str(share))
+        assert any("--no-think" in line for line in said) == points_out
+
+
 def test_pairs_that_can_not_be_used_are_named(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"question": "a", "chosen": "b", "rejected": "c"}\n{"question": "a", "chosen": "b"}\n')

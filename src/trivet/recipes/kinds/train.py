@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -64,6 +65,12 @@ def run(stage: TrainStage, context: Context) -> dict[str, Any]:
         raise UserError(
             "A curriculum rises with rewards, and this stage imitates: leave `curriculum` to a stage of RL."
         )
+    for task, _ in tasks:
+        if never_thinks(task):
+            context.say(
+                f"{task.name}: its examples answer without a thought, so that is what is learnt. Talk and evaluate with "
+                "--no-think, or give the examples a `reasoning`."
+            )
     if stage.start is not None:
         start, model, chat = load_start(stage.start, stage.lora, stage.train.seed, context)
     else:
@@ -83,6 +90,11 @@ def run(stage: TrainStage, context: Context) -> dict[str, Any]:
     return summary
 
 
+def never_thinks(task: Task, looked_at: int = 32) -> bool:
+    """Whether its examples all have the thinking block shut."""
+    return not any(task.demonstrate(task.problem("train", i), random.Random(i)).thinking for i in range(looked_at))
+
+
 def make_chat(stage: TrainStage, tasks: list[Task]) -> Chat:
     kind, _, size = stage.tokenizer.partition(":")
     if kind == "tiny" and not size:
@@ -98,8 +110,6 @@ def make_chat(stage: TrainStage, tasks: list[Task]) -> Chat:
 
 def _sample_texts(stage: TrainStage, tasks: list[Task], examples: int = 2000) -> list[str]:
     """Text to train a tokenizer on: the text itself, or worked examples of the tasks."""
-    import random
-
     if stage.text is not None:
         return [_read_text(stage.text)]
     texts = []
