@@ -11,7 +11,8 @@ Rows are exactly what the model saw and wrote: token ids are never made from tex
 prompts, tool results, forced tokens; answers whose score is not ok; groups whose rewards agree.
 The routers' balancing biases stay as pretraining left them: RL sees few kinds of problems, and evening
 out the load on these alone moves experts away from what they know (measured in docs/LOG.md).
-Where episodes come from, and which are of older weights, is in `sampler.py`, `carry.py` and `ahead.py`.
+Where episodes come from, and which are of older weights, is in `sampler.py`, `carry.py` and `ahead.py`; who
+plays them elsewhere, in `workers.py` and `remote.py`.
 Left out: critics, the routers' sequence-wise balance loss, several devices.
 """
 
@@ -116,7 +117,15 @@ class _Run:
             "spec": model.spec.model_dump(mode="json"),
             "tasks": [[task.name, weight] for task, weight in tasks],
         }
-        for harmless in ("save_every_seconds", "page_every", "tensorboard", "recompute", "workers", "ray_address"):
+        for harmless in (
+            "save_every_seconds",
+            "page_every",
+            "tensorboard",
+            "recompute",
+            "workers",
+            "ray_address",
+            "server",
+        ):
             del self.identity["rl"][harmless]
         if rewards:
             self.identity["rewards"] = [[reward.label, reward.weight] for reward in rewards]
