@@ -87,6 +87,16 @@ def test_another_config_is_refused_by_name(tmp_path: Path) -> None:
         load_latest(tmp_path, {"train": CONFIG["train"], "spec": {}})
 
 
+def test_a_setting_may_be_infinite(tmp_path: Path) -> None:
+    """`clip = inf` means never: it must not be what a run dies of when it first saves."""
+    model, optimizer = pair(0)
+    save_state(tmp_path, 1, model, optimizer, {"clip": float("inf")}, {})
+    state = load_latest(tmp_path, {"clip": float("inf")})
+    assert state is not None and state.config == {"clip": float("inf")}
+    with pytest.raises(UserError, match="clip"):
+        load_latest(tmp_path, {"clip": 1.0})
+
+
 def test_first_difference() -> None:
     a = {"x": {"y": [1, 2], "z": 1.5}, "w": None}
     assert first_difference(a, {"w": None, "x": {"z": 1.5, "y": [1, 2]}}) is None

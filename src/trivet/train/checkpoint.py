@@ -128,7 +128,7 @@ def save_state(
 ) -> Path:
     """Store the state after `step` optimizer steps; config and extra are JSON values."""
     final = folder / f"step-{step:08d}"
-    scalars = json.dumps({"step": step, "config": config, "extra": extra}, indent=1, allow_nan=False)
+    scalars = json.dumps({"step": step, "config": config, "extra": extra}, indent=1)  # a setting may be inf
     if ranks.world > 1:
         _save_together(final, model, optimizer, scalars, ranks)
     else:
