@@ -162,6 +162,8 @@ def test_episodes_that_kill_every_worker_stop_the_run(address: str, monkeypatch:
 def test_what_ray_has_no_room_for_is_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="rl.workers = 3 of 1 CPU each need 3, and Ray has 2"):
         Workers(make(), CHAT, TASKS, config(workers=3, ray_address=address), "cpu")
+    with pytest.raises(UserError, match="rl.ray_address = '127.0.0.1:9': no Ray there"):
+        Workers(make(), CHAT, TASKS, config(workers=1, ray_address="127.0.0.1:9"), "cpu")
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"pip install 'trivet\[ray\]'"):
         Workers(make(), CHAT, TASKS, config(workers=1), "cpu")

@@ -22,6 +22,7 @@ import copy
 import logging
 import os
 import signal
+import socket
 import threading
 import warnings
 from collections import deque
@@ -209,11 +210,12 @@ def connect(config: RLConfig, threads: int, device: torch.device) -> tuple[Any, 
         on_term = signal.getsignal(signal.SIGTERM)
         local = config.ray_address is None
         try:
+            _knock(config.ray_address or "")
             ray.init(
                 address=config.ray_address or "local", num_cpus=config.workers * threads if local else None,
                 include_dashboard=False if local else None, logging_level=logging.WARNING, log_to_driver=False,
             )  # fmt: skip
-        except ConnectionError as e:
+        except OSError as e:  # ConnectionError of Ray's is one
             raise UserError(f"rl.ray_address = {config.ray_address!r}: no Ray there: {e}") from None
         if threading.current_thread() is threading.main_thread():  # Ray would answer with a stack trace
             signal.signal(signal.SIGTERM, on_term)
@@ -227,6 +229,13 @@ def connect(config: RLConfig, threads: int, device: torch.device) -> tuple[Any, 
                 f"{there}: add nodes, or ask for fewer workers or threads."
             )
     return ray, ours
+
+
+def _knock(address: str) -> None:
+    """Raises OSError where nobody listens: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host, int(port)), timeout=5).close()
 
 
 def _bytes(p: Tensor) -> np.ndarray:
