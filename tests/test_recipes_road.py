@@ -257,6 +257,19 @@ def test_raters_choose_between_two_answers_that_differ() -> None:
     assert abs(preferred - 1 / (1 + math.exp(-2 * 0.5))) < 0.04
 
 
+def test_what_may_change_between_two_sittings(tmp_path: Path) -> None:
+    data = small() | {"threads": 1}
+    data["stages"] = {"base": data["stages"]["base"]}
+    data["stages"]["base"]["train"]["steps"] = 1
+    run(data, tmp_path)
+    train = data["stages"]["base"]["train"]
+    train |= {"save_every_seconds": 5.0, "recompute": True}
+    assert "complete, skipped" in run(data, tmp_path)[0]
+    train["seed"] = 5
+    with pytest.raises(UserError, match=r"train.seed = 0, now it is 5"):
+        run(data, tmp_path)
+
+
 def test_examples_that_never_think_are_pointed_out(tmp_path: Path) -> None:
     """Whoever trains on answers alone and evaluates with thinking wonders why nothing was learnt."""
     for share, points_out in ((1.0, True), (0.5, False)):
