@@ -146,7 +146,7 @@ def run_stage(stage: Stage, context: Context) -> dict[str, Any]:
     if asked.exists() and any(p != asked for p in out.iterdir()):  # else it failed before it began
         later = {key: f.default for key, f in type(stage).model_fields.items() if not f.is_required()}
         was_asked = later | json.loads(asked.read_text())  # a setting may be newer than the run
-        changed = first_difference(*(_that_matter(settings) for settings in (was_asked, resolved)))
+        changed = first_difference(_that_matter(was_asked), _that_matter(resolved))
         if changed is not None:
             key, was, now = changed
             raise UserError(
