@@ -33,7 +33,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 PROBLEMS, GROUP, MAX_TOKENS = 8, 8, 64
 SFT = {"name": "chain", "min_steps": 2, "max_steps": 10, "shown": 6}
-TASK = {"name": "chain", "min_steps": 6, "max_steps": 10}
+TASK = {"name": "chain", "min_steps": 7, "max_steps": 9}
 MOST_STEPS = 2000  # of a run that the clock ends
 SIDES: dict[str, dict[str, Any]] = {
     "trivet": {"side": "trivet"},
@@ -45,7 +45,7 @@ SIDES: dict[str, dict[str, Any]] = {
 # Qwen3's form: a ModelSpec's numbers, and rows and steps of the training that both start from.
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"d_model": 256, "layers": 6, "heads": 4, "kv_heads": 2, "head_dim": 64, "hidden": 544, "vocab": 8192,
-             "rows": 8, "steps": 500},
+             "rows": 8, "steps": 240},
     "demo": {"d_model": 96, "layers": 4, "heads": 6, "kv_heads": 2, "head_dim": 16, "hidden": 256, "vocab": 128,
              "rows": 9, "steps": 800},
 }  # fmt: skip
