@@ -33,8 +33,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 PROBLEMS, GROUP, MAX_TOKENS = 8, 8, 64
 SFT = {"name": "chain", "min_steps": 2, "max_steps": 10, "shown": 6}
-TASK = {"name": "chain", "min_steps": 7, "max_steps": 9}
-MOST_STEPS = 2000  # of a run that the clock ends
+TASK = {"name": "chain", "min_steps": 8, "max_steps": 10}
+MOST_STEPS = 1000  # of a run that the clock ends
 SIDES: dict[str, dict[str, Any]] = {
     "trivet": {"side": "trivet"},
     "trivet-muon": {"side": "trivet", "optimizer": "muon"},  # as it comes
@@ -63,10 +63,11 @@ class Job:
     threads: int
     precision: str = "fp32"
     seconds: float | None = None  # end after the step in which so many have passed
+    cpu_time: bool = False  # of this process's own time
     recompute: bool = False
     optimizer: str = "adamw"
     keep: bool = False  # write what was trained
-    lr: float = 1e-4
+    lr: float = 3e-4
     seed: int = 0
     problems: int = PROBLEMS
     group: int = GROUP
@@ -143,7 +144,7 @@ def ours(job: Job) -> None:
         pass
 
     def progress(values: dict[str, Any]) -> None:
-        if watch.step(values["reward"], last["batch"].tokens):
+        if watch.step(values["reward"], last["batch"].tokens, values["trained_share"]):
             raise Enough
 
     config = RLConfig(
@@ -168,20 +169,21 @@ def ours(job: Job) -> None:
 
 
 # ------------------------------------------------------------------------------------------- rounds
-def write_problems(start: Path, task: Any, steps: int, seed: int, path: Path) -> list[int]:
+def write_problems(start: Path, seed: int, job: Job) -> list[int]:
     """The problems that RL of ours draws, for TRL to go through in that order; the ids of the first prompt."""
     from trivet.chat import Chat
     from trivet.messages import Message
     from trivet.rl.rollout import draw_problems
+    from trivet.tasks import make_task
 
-    chat = Chat.load(start)
-    drawn = [problem for step in range(steps) for _, problem in draw_problems([(task, 1.0)], seed, step, PROBLEMS)]
+    chat, tasks = Chat.load(start), [(make_task(TASK), 1.0)]
+    drawn = [problem for step in range(job.steps) for _, problem in draw_problems(tasks, seed, step, PROBLEMS)]
     ids = [list(chat.render([Message("user", problem.prompt)], generate=True).ids) for problem in drawn]
     lines = [
         json.dumps({"prompt": chat.tokenizer.decode(prompt, skip_special_tokens=False), "answer": problem.answer})
         for prompt, problem in zip(ids, drawn, strict=True)
     ]
-    path.write_text("\n".join(lines) + "\n")
+    Path(job.asked).write_text("\n".join(lines) + "\n")
     return ids[0]
 
 
@@ -231,22 +233,23 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
         "grown_mb": statistics.median(run["peak"] - run["before"] for run in runs) / 1e6,
         "tokens": statistics.mean(step["tokens"] for step in steps),
         "reward": statistics.mean(step["reward"] for step in steps),
+        "trained": statistics.mean(step["trained"] for step in steps),
         "load": statistics.mean(run["load"] for run in runs),
     }
 
 
-HEADER = f"{'':24}{'s/step':>8}{'generate':>10}{'update':>8}{'CPU s':>8}{'generate':>10}{'peak MB':>9}{'of it RL':>10}{'tokens':>8}{'load':>6}"
+HEADER = f"{'':24}{'s/step':>8}{'generate':>10}{'update':>8}{'CPU s':>8}{'generate':>10}{'peak MB':>9}{'of it RL':>10}{'tokens':>8}{'trained':>9}{'load':>6}"
 
 
 def row(name: str, s: dict[str, float]) -> str:
     return (
         f"{name:24}{s['seconds']:8.2f}{s['generating']:10.2f}{s['seconds'] - s['generating']:8.2f}{s['cpu']:8.2f}"
-        f"{s['generating_cpu']:10.2f}{s['peak_mb']:9.0f}{s['grown_mb']:10.0f}{s['tokens']:8.0f}{s['load']:6.1f}"
+        f"{s['generating_cpu']:10.2f}{s['peak_mb']:9.0f}{s['grown_mb']:10.0f}{s['tokens']:8.0f}{s['trained']:9.0%}{s['load']:6.1f}"
     )
 
 
-def speed(args: argparse.Namespace, start: Path, job: Job, first: list[int]) -> list[dict[str, Any]]:
-    results = []
+def speed(args: argparse.Namespace, start: Path, job: Job) -> list[dict[str, Any]]:
+    first, results = write_problems(start, job.seed, job), []
     for precision in args.precision:
         for threads in args.threads:
             runs: dict[str, list[dict[str, Any]]] = {name: [] for name in args.sides}
@@ -266,15 +269,16 @@ def speed(args: argparse.Namespace, start: Path, job: Job, first: list[int]) -> 
     return results
 
 
-def equal_time(args: argparse.Namespace, start: Path, job: Job, first: list[int]) -> list[dict[str, Any]]:
+def equal_time(args: argparse.Namespace, start: Path, job: Job) -> list[dict[str, Any]]:
     """What the model is worth after the same seconds of training on each side. Evaluated here, by our engine."""
-    from trivet.hub.checkpoint import load_pair
+    from trivet.chat import Chat
+    from trivet.hub.checkpoint import load_any
     from trivet.measure.evaluate import evaluate
     from trivet.messages import Sampling
     from trivet.tasks import make_task
 
     def worth(directory: Path) -> dict[str, Any]:
-        model, chat = load_pair(directory)
+        model, chat = load_any(directory), Chat.load(start)
         found = {
             name: evaluate(model, chat, make_task(TASK), count=args.count, slots=128,
                            sampling=Sampling(temperature=temperature, max_tokens=MAX_TOKENS)).accuracy
@@ -289,22 +293,20 @@ def equal_time(args: argparse.Namespace, start: Path, job: Job, first: list[int]
     before = worth(start)
     show("start", 0, before, 0.0)
     results: list[dict[str, Any]] = [{"side": "start", "worth": before}]
-    for round_ in range(args.rounds):
+    for seed in range(args.rounds):
+        job = replace(
+            job, seed=seed, precision=args.precision[0], threads=args.threads[-1], seconds=args.seconds, keep=True
+        )
+        first = write_problems(start, seed, job)
         for name in args.sides:
-            one = replace(
-                job,
-                precision=args.precision[0],
-                threads=args.threads[-1],
-                seconds=args.seconds,
-                keep=True,
-                **SIDES[name],
-            )
+            one = replace(job, **SIDES[name])
             run = launch(one, args.peer, args.keep_memory)
             if one.side == "trl":
                 check_alike(start, first, run)
-            after, seconds = worth(Path(one.out)), sum(step["seconds"] for step in run["steps"])
+            after = worth(Path(one.out))
+            seconds = sum(step["cpu" if args.cpu_time else "seconds"] for step in run["steps"])
             show(name, len(run["steps"]), after, seconds)
-            results.append({"side": name, "round": round_, "worth": after, "run": run})
+            results.append({"side": name, "seed": seed, "worth": after, "run": run})
     return results
 
 
@@ -319,22 +321,31 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="of a run, the first of which is not counted")
     parser.add_argument("--seconds", type=float, help="equal time instead: train for so long and evaluate")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count those by the process's own clock, on a busy machine"
+    )
     parser.add_argument("--count", type=int, default=512, help="problems of an evaluation")
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--keep-memory", action="store_true", help="TRL keeps freed memory, too, as `trivet` does")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     args = parser.parse_args()
     begun = start(args.shape, args.dir, max(args.threads))
     from common import _cpu, write
-    from trivet.tasks import make_task
 
     steps = args.steps if args.seconds is None else MOST_STEPS
-    asked = args.dir / "problems.jsonl"
-    first = write_problems(begun, make_task(TASK), steps, 0, asked)
-    job = Job("", str(begun), str(asked), str(args.dir / "run"), steps, 1, lr=args.lr)
+    job = Job(
+        "",
+        str(begun),
+        str(args.dir / "problems.jsonl"),
+        str(args.dir / "run"),
+        steps,
+        1,
+        cpu_time=args.cpu_time,
+        lr=args.lr,
+    )
     facts = {"machine": _cpu(), "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0], "args": vars(args)}
     print(f"{facts['machine']}, {facts['cores']} cores, load {facts['load']:.1f}")
-    results = (speed if args.seconds is None else equal_time)(args, begun, job, first)
+    results = (speed if args.seconds is None else equal_time)(args, begun, job)
     facts["load_after"] = os.getloadavg()[0]
     runs = [run for r in results for some in r["runs"].values() for run in some] if args.seconds is None else []
     for version, settings in sorted({(run["version"], run["settings"]) for run in runs}):

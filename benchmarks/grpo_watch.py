@@ -32,17 +32,18 @@ class Watch:
     def start(self) -> None:
         self.began = self.mark = self.clocks()
 
-    def step(self, reward: float, tokens: int) -> bool:
-        """Note a step that has ended; whether the job is done."""
+    def step(self, reward: float, tokens: int, trained: float = 1.0) -> bool:
+        """Note a step that has ended, and the share of its answers that was trained on; whether the job is done."""
         now = self.clocks()
         wall, cpu = (a - b for a, b in zip(now, self.mark, strict=True))
         generating, generating_cpu = self.generating
         self.steps.append({
             "seconds": wall, "cpu": cpu, "generating": generating, "generating_cpu": generating_cpu,
-            "reward": reward, "tokens": tokens,
+            "reward": reward, "tokens": tokens, "trained": trained,
         })  # fmt: skip
         self.mark = now
-        enough = self.job["seconds"] is not None and now[0] - self.began[0] >= self.job["seconds"]
+        spent = [a - b for a, b in zip(now, self.began, strict=True)][self.job["cpu_time"]]
+        enough = self.job["seconds"] is not None and spent >= self.job["seconds"]
         return enough or len(self.steps) == self.job["steps"]
 
 
