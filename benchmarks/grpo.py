@@ -1,15 +1,17 @@
 """Reinforcement learning beside TRL's GRPOTrainer: seconds a step, memory, and what equal time is worth.
 
     python -m venv trl && trl/bin/pip install torch==2.13.0 trl==1.16.0
-    python benchmarks/grpo.py --peer trl/bin/python --dir runs/grpo --out runs/grpo/speed.json
-    python benchmarks/grpo.py --peer trl/bin/python --dir runs/grpo --seconds 120 --rounds 1 --threads 2
+    python benchmarks/grpo.py --peer trl/bin/python                                                  # speed and memory
+    python benchmarks/grpo.py --peer trl/bin/python --shape demo --threads 1 --seconds 60 --rounds 3 # equal time
 
 Both start from one checkpoint that Trivet made and exported: Qwen3's form, 5.8M parameters, 8,192 tokens (of which the
 demo's alphabet uses 119), trained a little on chains of digits. Both get the same problems in the same order, eight
 answers each of at most 64 tokens at T = 1, the same reward, GRPO with one weight a token (DAPO's), no KL, one step of
-AdamW a batch, whose learning rate, betas and clipping agree; Trivet's own default, Muon for the matrices, is `--optimizer muon`.
+AdamW a batch, whose learning rate, betas and clipping agree. `--sides` takes both as they come, too: Trivet with Muon for
+the matrices, TRL with activation checkpointing.
 What differs: samples are drawn by other random numbers; TRL divides by the sample's standard deviation, we by the
-population's; a thought that leaves no room for an answer is closed by our engine and cut off by TRL.
+population's and leaves out groups whose rewards agree (the column `trained`), whose gradient is 0; a thought that leaves no
+room for an answer is closed by our engine and cut off by TRL.
 
 Each run is a process of its own; the sides take turns within a round. A number is the median over a run's steps
 without its first, then over rounds. --seconds ends runs by the clock instead and evaluates what they made, here.
@@ -28,12 +30,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trivet.tasks import Task
 
 HERE = Path(__file__).resolve().parent
 PROBLEMS, GROUP, MAX_TOKENS = 8, 8, 64
-SFT = {"name": "chain", "min_steps": 2, "max_steps": 10, "shown": 6}
-TASK = {"name": "chain", "min_steps": 8, "max_steps": 10}
 MOST_STEPS = 1000  # of a run that the clock ends
 SIDES: dict[str, dict[str, Any]] = {
     "trivet": {"side": "trivet"},
@@ -42,13 +45,21 @@ SIDES: dict[str, dict[str, Any]] = {
     "trl-checkpointing": {"side": "trl", "recompute": True},  # as it comes
 }
 
-# Qwen3's form: a ModelSpec's numbers, and rows and steps of the training that both start from.
+# Qwen3's form: a ModelSpec's numbers; the training that both start from: rows, steps and the longest chain that it worked
+# out; and how long the chains of RL are.
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"d_model": 256, "layers": 6, "heads": 4, "kv_heads": 2, "head_dim": 64, "hidden": 544, "vocab": 8192,
-             "rows": 8, "steps": 240},
+             "rows": 8, "steps": 100, "shown": 10, "chains": (8, 10)},
     "demo": {"d_model": 96, "layers": 4, "heads": 6, "kv_heads": 2, "head_dim": 16, "hidden": 256, "vocab": 128,
-             "rows": 9, "steps": 800},
+             "rows": 9, "steps": 800, "shown": 6, "chains": (8, 10)},
 }  # fmt: skip
+
+
+def task_of(shape: str) -> Task:
+    from trivet.tasks import make_task
+
+    least, most = SHAPES[shape]["chains"]
+    return make_task({"name": "chain", "min_steps": least, "max_steps": most})
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,7 @@ class Job:
     """One run of a side."""
 
     side: str
+    shape: str
     model: str  # the exported checkpoint
     asked: str  # lines of {"prompt", "answer"}, for TRL
     out: str
@@ -105,7 +117,8 @@ def start(shape: str, directory: Path, threads: int) -> Path:
     config = TrainConfig(
         steps=s["steps"], rows=s["rows"], length=256, warmup=20, precision="bf16", log_every=20, tensorboard=False
     )
-    train(model, TaskDocuments(make_task(SFT), chat), config, trained, progress=lambda values: print(
+    task = make_task({"name": "chain", "min_steps": 2, "max_steps": 10, "shown": s["shown"]})
+    train(model, TaskDocuments(task, chat), config, trained, progress=lambda values: print(
         f"{shape}: step {values['step']}, loss {values['loss']:.3f}", flush=True))  # fmt: skip
     save_result(model, chat, trained, None)
     export(trained, exported, family="qwen3")
@@ -124,7 +137,6 @@ def ours(job: Job) -> None:
     from trivet.rl.config import RLConfig
     from trivet.rl.learner import learn
     from trivet.rl.sampler import Batch, Sampler
-    from trivet.tasks import make_task
 
     keep_freed_memory()  # as the command line does
     torch.set_num_threads(job.threads)
@@ -155,7 +167,7 @@ def ours(job: Job) -> None:
     before = memory("VmRSS")
     watch.start()
     with suppress(Enough):
-        learn(model, chat, [(make_task(TASK), 1.0)], config, Path(job.out), progress=progress)
+        learn(model, chat, [(task_of(job.shape), 1.0)], config, Path(job.out), progress=progress)
     peak = memory("VmHWM")
     if job.keep:
         save_model(model, Path(job.out))
@@ -174,9 +186,8 @@ def write_problems(start: Path, seed: int, job: Job) -> list[int]:
     from trivet.chat import Chat
     from trivet.messages import Message
     from trivet.rl.rollout import draw_problems
-    from trivet.tasks import make_task
 
-    chat, tasks = Chat.load(start), [(make_task(TASK), 1.0)]
+    chat, tasks = Chat.load(start), [(task_of(job.shape), 1.0)]
     drawn = [problem for step in range(job.steps) for _, problem in draw_problems(tasks, seed, step, PROBLEMS)]
     ids = [list(chat.render([Message("user", problem.prompt)], generate=True).ids) for problem in drawn]
     lines = [
@@ -275,12 +286,11 @@ def equal_time(args: argparse.Namespace, start: Path, job: Job) -> list[dict[str
     from trivet.hub.checkpoint import load_any
     from trivet.measure.evaluate import evaluate
     from trivet.messages import Sampling
-    from trivet.tasks import make_task
 
     def worth(directory: Path) -> dict[str, Any]:
         model, chat = load_any(directory), Chat.load(start)
         found = {
-            name: evaluate(model, chat, make_task(TASK), count=args.count, slots=128,
+            name: evaluate(model, chat, task_of(args.shape), count=args.count, slots=128,
                            sampling=Sampling(temperature=temperature, max_tokens=MAX_TOKENS)).accuracy
             for name, temperature in (("greedy", 0.0), ("T=1", 1.0))
         }  # fmt: skip
@@ -334,15 +344,9 @@ def main() -> None:
 
     steps = args.steps if args.seconds is None else MOST_STEPS
     job = Job(
-        "",
-        str(begun),
-        str(args.dir / "problems.jsonl"),
-        str(args.dir / "run"),
-        steps,
-        1,
-        cpu_time=args.cpu_time,
-        lr=args.lr,
-    )
+        "", args.shape, str(begun), str(args.dir / f"{args.shape}.jsonl"), str(args.dir / f"{args.shape}-run"), steps, 1,
+        cpu_time=args.cpu_time, lr=args.lr,
+    )  # fmt: skip
     facts = {"machine": _cpu(), "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0], "args": vars(args)}
     print(f"{facts['machine']}, {facts['cores']} cores, load {facts['load']:.1f}")
     results = (speed if args.seconds is None else equal_time)(args, begun, job)
