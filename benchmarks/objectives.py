@@ -1,6 +1,7 @@
 """What RL's choices are worth off-policy: objectives at equal compute, replay of experts, the head's precision.
 
     python benchmarks/objectives.py objectives --base runs/r1/base --out docs/objectives.jsonl --plot docs/objectives.svg
+    python benchmarks/objectives.py far        --base runs/r1/base --out docs/far.jsonl --plot docs/far.svg
     python benchmarks/objectives.py replay     --base runs/r1/base --out docs/replay.jsonl
 
 All runs of a study start from the same weights (the `base` of configs/r1/tiny.toml, which is trained if it is not
@@ -32,7 +33,17 @@ from typing import Any
 
 RECIPE = Path(__file__).parents[1] / "configs/r1/tiny.toml"
 CHAINS = {"name": "chain", "min_steps": 2, "max_steps": 10}
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t by the number of seeds
+T95 = {
+    2: 12.706,
+    3: 4.303,
+    4: 3.182,
+    5: 2.776,
+    6: 2.571,
+    7: 2.447,
+    8: 2.365,
+    9: 2.306,
+    10: 2.262,
+}  # Student's t by the number of seeds
 KEPT = (
     "accuracy", "clip_share", "ratio/last_max_abs_log", "entropy", "grad_norm", "no_spread", "drawn", "mismatch/kl",
     "mismatch/max_abs_log", "routing/agreement", "reasoning_tokens", "answer_tokens",
@@ -51,27 +62,33 @@ class Study:
     cells: dict[str, dict[str, Any]]  # what differs, by name
 
 
+ROWS: dict[str, dict[str, Any]] = {name: {"objective": name} for name in ("grpo", "dapo", "cispo", "gspo")}
 STUDIES = {
     "objectives": Study(
-        steps=30,
-        cells={
-            "grpo": {"objective": "grpo"},
-            "dapo": {"objective": "dapo"},
-            "cispo": {"objective": "cispo"},
-            "gspo": {"objective": "gspo"},
+        24,
+        ROWS
+        | {
+            "gspo, 100 times its range": {"objective": "gspo", "overrides": {"low": 0.03, "high": 0.04}},
             "dapo, dynamic": {"objective": "dapo", "dynamic": 3},
+        },
+    ),
+    # Three times the rate, so that the last minibatch is far from what sampled it; and CISPO with DAPO's upper bound.
+    "far": Study(
+        16,
+        {
+            name: cell | {"muon_lr": 0.003, "adam_lr": 3e-4}
+            for name, cell in (ROWS | {"cispo, high = .28": {"objective": "cispo", "overrides": {"high": 0.28}}}).items()
         },
     ),
     # The limit on engine against trainer is lifted: what bf16 does to it is what is measured.
     "replay": Study(
-        steps=15,
-        cells={
-            f"{precision}{head}, {replay}": {
-                "precision": precision, "replay": replay, "fp32_head": not head, "mismatch_limit": 10.0,
-            }
-            for precision, head in (("fp32", ""), ("bf16", ""), ("bf16", ", bf16 head"))
+        12,
+        {
+            f"{precision}, {replay}": {"precision": precision, "replay": replay, "mismatch_limit": 10.0}
+            for precision in ("fp32", "bf16")
             for replay in ("none", "trainer", "sampler")
-        },
+        }
+        | {"bf16 with its head, trainer": {"precision": "bf16", "fp32_head": False, "mismatch_limit": 10.0}},
     ),
 }  # fmt: skip
 
@@ -165,36 +182,35 @@ def mean_of(key: str) -> Callable[[dict[str, Any]], float | None]:
     return lambda r: statistics.mean(r["curves"][key]) if key in r["curves"] else None
 
 
-COLUMNS: dict[str, dict[str, Callable[[dict[str, Any]], float | None]]] = {
-    "objectives": {
-        "greedy": lambda r: r["held_out"]["greedy"],
-        "T = 1": lambda r: r["held_out"]["T=1"],
-        "mean of all steps": mean_of("accuracy"),
-        "steps to .6": lambda r: reached(r, 0.6),
-        "to .7": lambda r: reached(r, 0.7),
-        "to .8": lambda r: reached(r, 0.8),
-        "k tokens to .7": lambda r: tokens_until(r, reached(r, 0.7)),
-        "k tokens in all": lambda r: tokens_until(r, len(r["curves"]["tokens"])),
-        "clipped": mean_of("clip_share"),
-        "largest abs log ratio": mean_of("ratio/last_max_abs_log"),
-        "CPU seconds": lambda r: r["cpu_seconds"],
-    },
-    "replay": {
-        "KL(engine, trainer)": mean_of("mismatch/kl"),
-        "largest difference": mean_of("mismatch/max_abs_log"),
-        "agreement": mean_of("routing/agreement"),
-        "largest abs log ratio": mean_of("ratio/last_max_abs_log"),
-        "clipped": mean_of("clip_share"),
-        "mean of all steps": mean_of("accuracy"),
-        "greedy": lambda r: r["held_out"]["greedy"],
-        "T = 1": lambda r: r["held_out"]["T=1"],
-    },
+OBJECTIVES: dict[str, Callable[[dict[str, Any]], float | None]] = {
+    "greedy": lambda r: r["held_out"]["greedy"],
+    "T = 1": lambda r: r["held_out"]["T=1"],
+    "mean of all steps": mean_of("accuracy"),
+    "steps to .6": lambda r: reached(r, 0.6),
+    "steps to .7": lambda r: reached(r, 0.7),
+    "steps to .8": lambda r: reached(r, 0.8),
+    "k tokens to .7": lambda r: tokens_until(r, reached(r, 0.7)),
+    "k tokens to .8": lambda r: tokens_until(r, reached(r, 0.8)),
+    "k tokens in all": lambda r: tokens_until(r, len(r["curves"]["tokens"])),
+    "clipped": mean_of("clip_share"),
+    "largest abs log ratio": mean_of("ratio/last_max_abs_log"),
+    "CPU seconds": lambda r: r["cpu_seconds"],
+}
+REPLAY: dict[str, Callable[[dict[str, Any]], float | None]] = {
+    "KL(engine, trainer)": mean_of("mismatch/kl"),
+    "largest difference": mean_of("mismatch/max_abs_log"),
+    "agreement": mean_of("routing/agreement"),
+    "largest abs log ratio": mean_of("ratio/last_max_abs_log"),
+    "clipped": mean_of("clip_share"),
+    "mean of all steps": mean_of("accuracy"),
+    "greedy": lambda r: r["held_out"]["greedy"],
+    "T = 1": lambda r: r["held_out"]["T=1"],
 }
 
 
 def show(study: str, results: Sequence[dict[str, Any]]) -> None:
     """The table, in Markdown."""
-    columns = COLUMNS[study]
+    columns = REPLAY if study == "replay" else OBJECTIVES
     print("| |", " | ".join(columns), "|")
     print("|---" * (len(columns) + 1) + "|")
     for cell in STUDIES[study].cells:
@@ -207,13 +223,30 @@ def show(study: str, results: Sequence[dict[str, Any]]) -> None:
             )
 
 
-def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
+def against(study: str, results: Sequence[dict[str, Any]]) -> None:
+    """What every cell differs in from DAPO's of the same seed, which saw the same problems."""
+    of = {(r["cell"], r["seed"]): r for r in results}
+    seeds = sorted({seed for _, seed in of})
+    for cell in STUDIES[study].cells:
+        pairs = [(of[cell, s], of["dapo", s]) for s in seeds if (cell, s) in of and ("dapo", s) in of]
+        if cell == "dapo" or not pairs:
+            continue
+        told = []
+        for name in ("T = 1", "mean of all steps", "steps to .7", "steps to .8"):
+            values = [(OBJECTIVES[name](a), OBJECTIVES[name](b)) for a, b in pairs]
+            told.append(f"{name} {all_or_none([None if x is None or y is None else x - y for x, y in values])}")
+        print(f"{cell} less dapo, seed by seed: {'; '.join(told)}")
+
+
+def plot(study: str, results: Sequence[dict[str, Any]], path: Path) -> None:
     """Accuracy over steps and over tokens, and what is clipped: a line an objective, a band from seed to seed."""
+    import matplotlib
     from matplotlib.figure import Figure
 
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": study}
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    for i, cell in enumerate(STUDIES["objectives"].cells):
+    for i, cell in enumerate(STUDIES[study].cells):
         mine = [r["curves"] for r in results if r["cell"] == cell]
         if not mine:
             continue
@@ -287,8 +320,10 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         results = list(pool.map(job, [(c, s) for s in seeds for c in cells]))
     show(args.study, results)
+    if args.study != "replay":
+        against(args.study, results)
     if args.plot:
-        plot(results, args.plot)
+        plot(args.study, results, args.plot)
 
 
 if __name__ == "__main__":
