@@ -32,19 +32,19 @@ STEPS, KILLS = 40, 10
 START = """
 tokenizer = "tiny"
 threads = 1
-tasks = [{ name = "arithmetic" }]
+tasks = [{ name = "arithmetic", levels = [1] }]
 
 [model]
-d_model = 64
+d_model = 96
 context_length = 256
-pattern = "lightning/moe mla/moe"
+pattern = "lightning/moe mla/moe mla/moe"
 tie_embeddings = false
-mixers.lightning = { kind = "lightning", heads = 4, head_dim = 16 }
-mixers.mla = { kind = "mla", heads = 4, kv_rank = 32, nope_dim = 16, v_dim = 16, rope = { dims = 16 } }
-ffns.moe = { kind = "moe", experts = 8, top_k = 2, hidden = 32, shared_hidden = 64, bias_rate = 0.01 }
+mixers.lightning = { kind = "lightning", heads = 6, head_dim = 16 }
+mixers.mla = { kind = "mla", heads = 6, kv_rank = 32, nope_dim = 16, v_dim = 16, rope = { dims = 16, theta = 1000.0 } }
+ffns.moe = { kind = "moe", experts = 8, top_k = 2, hidden = 32, shared_hidden = 128, bias_rate = 0.01 }
 
 [train]
-steps = 500
+steps = 700
 rows = 6
 length = 192
 warmup = 20
@@ -54,7 +54,7 @@ tensorboard = false
 RL = f"""
 start = "START"
 threads = 1
-tasks = [{{ name = "arithmetic" }}]
+tasks = [{{ name = "arithmetic", levels = [1] }}]
 
 [rl]
 steps = {STEPS}
@@ -161,11 +161,11 @@ def metrics_seconds(out: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="a folder that is not there yet")
+    parser.add_argument("--out", type=Path, required=True, help="a new folder; a start that it holds is not trained again")
     parser.add_argument("--variants", default=";".join(VARIANTS), help="separated by ';'")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    args.out.mkdir(parents=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "start.toml").write_text(START)
     (args.out / "rl.toml").write_text(RL.replace("START", str(args.out / "start")))
     to_the_end(trivet("train", str(args.out / "start.toml"), "--out", str(args.out / "start")), args.out / "log.txt")
