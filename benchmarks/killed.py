@@ -161,7 +161,9 @@ def metrics_seconds(out: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="a new folder; a start that it holds is not trained again")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="a new folder; a start that it holds is not trained again"
+    )
     parser.add_argument("--variants", default=";".join(VARIANTS), help="separated by ';'")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
