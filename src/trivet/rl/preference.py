@@ -16,10 +16,8 @@ Left out: margins, ties, several raters.
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +35,7 @@ from trivet.messages import Message
 from trivet.model import Transformer, save_model
 from trivet.model.io import save_tensors
 from trivet.spec import Frozen
+from trivet.tasks.base import shuffled
 from trivet.train.data import IGNORE, Document, first_fit, lay_out, stable_hash
 from trivet.train.loop import Loop
 from trivet.train.optim import Optimizer, clip, schedule
@@ -137,7 +136,7 @@ def prefer(
 
     def one_step(step: int) -> dict[str, Any]:
         places = (divmod(step * config.pairs + i, len(learnt)) for i in range(config.pairs))
-        drawn = [learnt[_lap(len(learnt), lap, config.seed)[at]] for lap, at in places]
+        drawn = [learnt[shuffled(len(learnt), stable_hash(config.seed, len(learnt), lap))[at]] for lap, at in places]
         values = rewards(model, [ids for pair in drawn for ids in pair], config.length)
         chosen, rejected = values[0::2], values[1::2]
         loss = bradley_terry(chosen, rejected)
@@ -198,11 +197,3 @@ def _held_out(pair: Pair, config: PreferenceConfig) -> bool:
     """By the question, so that no question is on both sides."""
     text = "\n".join(message.content for message in pair.question)
     return stable_hash(*text.encode()) % config.held_out == 0
-
-
-@lru_cache(maxsize=4)
-def _lap(count: int, lap: int, seed: int) -> list[int]:
-    """The order of one of endless laps over the pairs."""
-    order = list(range(count))
-    random.Random(stable_hash(seed, count, lap)).shuffle(order)
-    return order

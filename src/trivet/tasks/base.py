@@ -11,6 +11,7 @@ import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, Protocol
 
 from trivet.messages import Message, Score
@@ -72,6 +73,14 @@ class Task(Protocol):
 def tools_for(task: Task, problem: Problem, built_in: Callable[[str], Tool] = get_tool) -> Sequence[Tool]:
     """The tools of one episode on a problem."""
     return [built_in(name) for name in task.tools] if problem.tools is None else problem.tools()
+
+
+@lru_cache(maxsize=4)
+def shuffled(count: int, key: int | str) -> list[int]:
+    """The numbers 0 to count - 1 in an order of their own: that of one of endless laps over a finite set."""
+    order = list(range(count))
+    random.Random(key).shuffle(order)
+    return order
 
 
 def draw(make: Callable[[random.Random], tuple[str, Any]], split: Split, *key: object) -> tuple[str, Any]:

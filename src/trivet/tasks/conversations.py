@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import random
 import warnings
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +27,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from trivet.config import UserError, explain
 from trivet.messages import Message, Role, Score, ToolCall
 from trivet.spec import Frozen
-from trivet.tasks.base import Demo, Problem, Split, is_test
+from trivet.tasks.base import Demo, Problem, Split, is_test, shuffled
 
 Mode = Literal["think", "no_think", "keep"]
 
@@ -98,7 +97,7 @@ class Conversations:
     def problem(self, split: Split, index: int, level: int | None = None) -> Problem:
         lines = self.lines[split]
         lap, at = divmod(index, len(lines))
-        at = _lap(len(lines), lap)[at] if split == "train" else at
+        at = shuffled(len(lines), f"{len(lines)} {lap}")[at] if split == "train" else at
         return Problem(f"conversations-{split}-{at}", _question(lines[at]), "", 0, {"line": lines[at]})
 
     def demonstrate(self, problem: Problem, rng: random.Random) -> Demo:
@@ -152,10 +151,3 @@ def _held_out(line: Line) -> bool:
 
 def _question(line: Line) -> str:
     return next((turn.content or "" for turn in line.messages if turn.role == "user"), "")
-
-
-@lru_cache(maxsize=4)
-def _lap(count: int, lap: int) -> list[int]:
-    order = list(range(count))
-    random.Random(f"{count} {lap}").shuffle(order)
-    return order

@@ -18,7 +18,7 @@ from pydantic import Field
 from trivet.config import UserError, nearest
 from trivet.messages import Message
 from trivet.spec import Frozen
-from trivet.tasks.base import Demo, Problem, Split, is_test
+from trivet.tasks.base import Demo, Problem, Split, is_test, shuffled
 from trivet.tasks.tables import Row, read_rows
 
 
@@ -68,7 +68,7 @@ class Source:
     def problem(self, split: Split, index: int, level: int | None = None) -> Problem:
         rows = self.rows[split]
         lap, at = divmod(index, len(rows))
-        row = rows[_shuffled(len(rows), lap)[at] if split == "train" else at]
+        row = rows[shuffled(len(rows), f"{len(rows)} {lap}")[at] if split == "train" else at]
         return Problem(f"{self.name}-{split}-{row['number']}", row["prompt"], row["answer"], 0, row["meta"])
 
     def demonstrate(self, problem: Problem, rng: random.Random) -> Demo:
@@ -130,15 +130,3 @@ class Source:
         reasoning = str(data[c.reasoning]) if c.reasoning else made.reasoning
         meta = {"reasoning": reasoning, **made.meta}
         return {"question": question, "prompt": prompt, "answer": made.answer, "meta": meta, "number": number}
-
-
-def _shuffled(count: int, lap: int) -> list[int]:
-    """The order of one lap over the data; the last one asked for is kept."""
-    if _ORDER.get("key") != (count, lap):
-        order = list(range(count))
-        random.Random(f"{count} {lap}").shuffle(order)
-        _ORDER.update(key=(count, lap), order=order)
-    return _ORDER["order"]
-
-
-_ORDER: dict[str, Any] = {}
