@@ -80,8 +80,9 @@ class RLConfig(Frozen):
     )
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled; spares vectors")
     clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient; inf: never clip")
-    rows: int = Field(default=16, gt=0, description="rows of a microbatch of the update")
-    length: int = Field(default=256, gt=0, description="token slots of a row; the longest episode that fits")
+    rows: int = Field(default=16, gt=0, description="longest episodes that a microbatch of the update has room for")
+    length: int = Field(default=256, gt=0, description="tokens of the longest episode")
+    share_prompts: bool = Field(default=True, description="compute a group's prompt once in the update, see update.py")
     recompute: bool = Field(default=False, description="activation checkpointing in the update, see TrainConfig")
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="of products, in sampler and update; weights and optimizer stay fp32"

@@ -146,8 +146,8 @@ def _watched(attempts: list[Attempt], config: DistilConfig) -> dict[str, float]:
 def _backward(student: Transformer, teacher: Transformer, part: Packed, kind: Kind, tokens: int) -> float:
     """Add the gradient of a microbatch's share of the mean KL a token; that share."""
     with torch.no_grad():
-        goal = teacher(part.tokens, part.positions)[part.wanted]  # [N,D of the teacher]
-    hidden = student(part.tokens, part.positions)[part.wanted]
+        goal = teacher(part.tokens, part.positions, apart=part.apart)[part.wanted]  # [N,D of the teacher]
+    hidden = student(part.tokens, part.positions, apart=part.apart)[part.wanted]
     loss = token_kl(hidden, student.head_weight, goal, teacher.head_weight, kind).sum() / tokens
     loss.backward()
     return float(loss.detach())

@@ -179,7 +179,7 @@ class Updates:
 
     def minibatch(self, rows: Sequence[Row], which: Sequence[int], advantage: Tensor) -> Minibatch:
         c = self.config
-        parts = [part.to(self.device) for part in pack([rows[i] for i in which], c.rows, c.length)]
+        parts = [part.to(self.device) for part in pack([rows[i] for i in which], c.rows, c.length, c.share_prompts)]
         totals = Totals(sum(len(part.sampler) for part in parts), len(which))
         return Minibatch(parts, advantage[list(which)].to(self.device), totals)
 
@@ -228,7 +228,8 @@ class Updates:
         """log p and entropy [N] of the tokens that the model wrote, under the distribution they were drawn from."""
         c = self.config
         with products(c, self.device):
-            hidden = model(part.tokens, part.positions, routing=routing, recompute=c.recompute)[part.wanted]  # [N,D]
+            hidden = model(part.tokens, part.positions, routing=routing, recompute=c.recompute, apart=part.apart)
+            hidden = hidden[part.wanted]  # [N,D]
         with head_products(c, self.device):
             hidden = hidden.to(model.head_weight.dtype)
             return token_logprobs(hidden, model.head_weight, part.targets, c.temperature, sets=part.sets)
