@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trivet.model.native import FEW_ROWS, kernels
+from trivet.model.native import FEW_ROWS, Kernels, kernels
 from trivet.model.packed import WORTH_IT, Apart
 from trivet.model.prompt import Prompt
 from trivet.spec import Rope, Yarn
@@ -57,10 +57,13 @@ ALL = slice(None)
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [...,in] -> [...,out] = x weight^T + bias, for a weight [...,in] whose leading dimensions are its rows."""
-    fast = kernels(x, weight)
-    if fast is not None and x.numel() <= FEW_ROWS * x.shape[-1] and weight.is_contiguous():
-        return fast.linear(x, weight, bias)
-    return F.linear(x, weight.flatten(0, -2), bias)
+    fast = few_rows(x, weight)
+    return F.linear(x, weight.flatten(0, -2), bias) if fast is None else fast.linear(x, weight, bias)
+
+
+def few_rows(x: Tensor, weight: Tensor) -> Kernels | None:
+    """The kernels, where they multiply x [...,in] by this weight faster than a library does."""
+    return kernels(x, weight) if x.numel() <= FEW_ROWS * x.shape[-1] and weight.is_contiguous() else None
 
 
 class Adapter(nn.Module):
