@@ -32,8 +32,9 @@ from trivet.model.lora import Size, attach, places
 from trivet.spec import GQA, MLA, GatedDeltaNet, Lightning, ModelSpec, MoE, Rope, SwiGLU
 from trivet.train import checkpoint, trainer
 from trivet.train.data import Document, stable_hash
+from trivet.train.loop import Interrupted
 from trivet.train.parallel import gathered, local, processes
-from trivet.train.trainer import Interrupted, TrainConfig, train
+from trivet.train.trainer import TrainConfig, train
 
 MIXERS = {
     "gqa": GQA(heads=4, kv_heads=2, head_dim=8, rope=Rope(dims=8), qk_norm=True),

@@ -48,11 +48,6 @@ RUNNERS: dict[str, Callable[[Any, Context], dict[str, Any]]] = {
     "train": train.run, "rl": rl.run, "sample": sample.run, "preference": preference.run, "distil": distil.run, "compare": compare.run, "report": report.run,
 }  # fmt: skip
 
-# Of [train] and [rl]: who computes, what is shown, when it is saved. No bit of the result depends on them.
-FREE = {
-    "shards", "expert_shards", "workers", "ray_address", "server", "recompute", "save_every_seconds", "tensorboard", "page_every",
-}  # fmt: skip
-
 
 class Recipe(Frozen):
     """Stages in the order in which they run."""
@@ -130,14 +125,6 @@ def _in_a_worker(stage: Stage, context: Context, tell: Tell) -> list[str]:
     return said
 
 
-def _that_matter(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings without those that may change between two sittings of a run."""
-    return {
-        name: {key: v for key, v in value.items() if key not in FREE} if name in ("train", "rl") else value
-        for name, value in settings.items()
-    }
-
-
 def run_stage(stage: Stage, context: Context) -> dict[str, Any]:
     """Run, resume or skip one stage; returns the summary that done.json holds."""
     out = context.out
@@ -146,7 +133,7 @@ def run_stage(stage: Stage, context: Context) -> dict[str, Any]:
     if asked.exists() and any(p != asked for p in out.iterdir()):  # else it failed before it began
         later = {key: f.default for key, f in type(stage).model_fields.items() if not f.is_required()}
         was_asked = later | json.loads(asked.read_text())  # a setting may be newer than the run
-        changed = first_difference(_that_matter(was_asked), _that_matter(resolved))
+        changed = first_difference(stage.without_free(was_asked), stage.without_free(resolved))
         if changed is not None:
             key, was, now = changed
             raise UserError(

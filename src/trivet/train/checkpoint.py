@@ -47,9 +47,9 @@ class State:
     extra: dict[str, Any]
 
     @torch.no_grad()
-    def apply(self, model: nn.Module, optimizer: Optimizer, parts: Parts | None = None) -> None:
-        """parts: what of each parameter this process holds; None: all of it."""
-        parts = parts or {}
+    def apply(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """On several processes, what each holds of it."""
+        parts = optimizer.parts
         with ExitStack() as open_files:
             stored = Stored(self.path, "model", open_files)
             mine = _changing(model)
