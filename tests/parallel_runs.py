@@ -1,4 +1,4 @@
-"""Runs of one process and of several, for test_train_parallel.py: `python parallel_runs.py FOLDER JOBS`.
+"""Runs of one process and of several, for test_train_parallel.py: `python parallel_runs.py FOLDER JOBS`. (RL's: rl_runs.py)
 
 torch is imported once; each run forks as many processes as it wants. A job is
 [name, case, world, settings of [train], more]: the case says model and adapters; the result is FOLDER/name, with
@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ def run(out: Path, case: str, settings: dict[str, Any], breaks: str, stop_at: in
             save_file({name: t.contiguous() for name, t in whole.state_dict().items()}, out / "whole.safetensors")
 
 
-def fork(rank: int, world: int, port: int, *job: Any) -> int:
+def fork(rank: int, world: int, port: int, run: Callable[..., None], *job: Any) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -165,8 +165,8 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def wait(pids: Sequence[int], timeout: float = 60) -> None:
-    """Until all have ended; one that fails, or takes too long, ends the others."""
+def wait(pids: Sequence[int], may_fail: bool = False, timeout: float = 60) -> None:
+    """Until all have ended; one that fails (unless it may), or takes too long, ends the others."""
     left, end = set(pids), time.monotonic() + timeout
     failed = False
     while left:
@@ -174,7 +174,7 @@ def wait(pids: Sequence[int], timeout: float = 60) -> None:
             got, status = os.waitpid(pid, os.WNOHANG)
             if got:
                 left.discard(pid)
-                failed |= status != 0
+                failed |= status != 0 and not may_fail
         if failed or time.monotonic() > end:
             for pid in left:
                 os.kill(pid, signal.SIGKILL)
@@ -183,7 +183,7 @@ def wait(pids: Sequence[int], timeout: float = 60) -> None:
         time.sleep(0.002)
 
 
-def main() -> None:
+def main(run: Callable[..., None]) -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     for name, case, world, settings, more in json.loads(sys.argv[2]):
@@ -191,9 +191,9 @@ def main() -> None:
         if "goes_on" in more:
             shutil.copytree(folder / more["goes_on"], out)
         job = (out, case, settings, more.get("breaks", ""), more.get("stop_at"))
-        wait([fork(rank, world, port, *job) for rank in range(world)])
+        wait([fork(rank, world, port, run, *job) for rank in range(world)], more.get("breaks") == "killed")
         print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(run)

@@ -107,7 +107,7 @@ def rl(config: ConfigFile, overrides: Overrides = None, out: Out = Path("runs/rl
     """Reinforcement learning with verifiable rewards, from a trained model."""
     from trivet.recipes.kinds.rl import RLStage
 
-    _one_stage(config, RLStage, overrides, out, device)
+    _one_stage(config, RLStage, overrides, out, device, together=True)
 
 
 @app.command()
@@ -342,7 +342,7 @@ def _device(name: str, threads: int = 0, together: bool = False) -> torch.device
 
     if not together and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
-            "Several processes (WORLD_SIZE is set) only work together in `trivet train`: start this without torchrun."
+            "Several processes (WORLD_SIZE is set) only work together in `trivet train` and `trivet rl`: start this without torchrun."
         )
 
     from trivet.recipes.memory import keep_freed_memory

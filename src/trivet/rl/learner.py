@@ -13,7 +13,8 @@ The routers' balancing biases stay as pretraining left them: RL sees few kinds o
 out the load on these alone moves experts away from what they know (measured in docs/LOG.md).
 Where episodes come from, and which are of older weights, is in `sampler.py`, `carry.py` and `ahead.py`; who
 plays them elsewhere, in `workers.py` and `remote.py`.
-Left out: critics, the routers' sequence-wise balance loss, several devices.
+What several processes share out is in `together.py`.
+Left out: critics, the routers' sequence-wise balance loss.
 """
 
 from __future__ import annotations
@@ -41,13 +42,15 @@ from trivet.rl.objectives import advantages, find_objective
 from trivet.rl.page import LINES, describe_episode
 from trivet.rl.rewards import Reward
 from trivet.rl.rollout import Attempt
-from trivet.rl.sampler import graded
+from trivet.rl.sampler import Sampler, graded
 from trivet.rl.source import make_sampler
 from trivet.rl.summary import describe
+from trivet.rl.together import Together
 from trivet.rl.update import pack
 from trivet.tasks import Task
 from trivet.train.loop import Loop, Progress, identity_of
 from trivet.train.optim import Optimizer
+from trivet.train.parallel import ranks_of
 
 TIMES = (  # metrics that differ from run to run
     "seconds", "seconds_generating", "seconds_training", "tokens_per_second", "training_tokens_per_second",
@@ -68,7 +71,8 @@ def learn(
 ) -> dict[str, Any]:
     """Train `model` in place and return the last metrics. Resumes from `out`/resume if it is there.
 
-    `model` holds the starting weights, also on resume: they are the reference of a KL term.
+    In a group of processes (`parallel.processes`) all call this; all end with the same model. `progress` is called in
+    the first one only. `model` holds the starting weights, also on resume: they are the reference of a KL term.
     `rewards` are added to what the tasks give. `evaluate` must not depend on anything but the model. Raises Interrupted on Ctrl-C or SIGTERM,
     UserError where too many answers can't be graded, or where engine and trainer disagree.
     """
@@ -98,19 +102,22 @@ class _Run:
                 f"rl.length ({config.length}) exceeds the model's context_length ({model.spec.context_length})."
             )
         self.optimizer = Optimizer(model.optimizer_groups(), config.muon_lr, config.adam_lr, config.weight_decay)
-        self.updates = Updates(model, self.objective, self.optimizer, config, device)
+        self.ranks = ranks_of(1, 1)
+        self.updates = Updates(model, self.objective, self.optimizer, config, device, self.ranks)
         identity = {
             "rl": config.identity(), **identity_of(model), "tasks": [[task.name, weight] for task, weight in tasks],
         }  # fmt: skip
         if rewards:
             identity["rewards"] = [[reward.label, reward.weight] for reward in rewards]
-        self.sampler = (
-            Ahead(model, chat, tasks, config, device, out / "ahead", rewards)
-            if config.lag
-            else make_sampler(model, chat, tasks, config, device, rewards)
-        )
+        self.sampler: Sampler | Ahead
+        if self.ranks.world > 1:
+            self.sampler = Together(model, chat, tasks, config, device, rewards, self.ranks)
+        elif config.lag:
+            self.sampler = Ahead(model, chat, tasks, config, device, out / "ahead", rewards)
+        else:
+            self.sampler = make_sampler(model, chat, tasks, config, device, rewards)
         self.rollouts = Journal(out / LINES)
-        self.loop = Loop(model, self.optimizer, config, out, identity, journals=[self.rollouts])
+        self.loop = Loop(model, self.optimizer, config, out, identity, ranks=self.ranks, journals=[self.rollouts])
         if self.loop.kept is not None:
             set_standings(tasks, self.loop.kept.get("standings", {}))
             self.sampler.load(self.loop.step, self.loop.kept["carried"])
@@ -124,7 +131,7 @@ class _Run:
         self.check_graded(attempts, values, step)
         values |= climb(self.tasks, attempts)
         sequences, advantage, values["no_spread"] = self.choose(attempts)
-        if self.config.page_every and (step + 1) % self.config.page_every == 0:
+        if self.ranks.first and self.config.page_every and (step + 1) % self.config.page_every == 0:
             self.record(attempts, step)
         trained = sum(len(row.ids) for row in sequences)
         if sequences:

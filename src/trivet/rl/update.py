@@ -60,8 +60,10 @@ def deal(rows: Sequence[Row], minibatches: int) -> list[list[int]]:
     return dealt
 
 
-def pack(rows: Sequence[Row], lines: int, length: int) -> list[Packed]:
+def pack(rows: Sequence[Row], lines: int, length: int, rank: int = 0, world: int = 1) -> list[Packed]:
     """Microbatches of at most `lines` x `length` that hold every row once. UserError for one too long.
+
+    Those of all processes together do; of `world` each gets every so-manieth line, so they have about as much to do.
 
     The longest row is in the first one, so what doesn't fit into memory fails at once.
     A row ends with its last trained token: what follows (a tool result that nobody read) has no loss.
@@ -70,7 +72,7 @@ def pack(rows: Sequence[Row], lines: int, length: int) -> list[Packed]:
     if rows and max(ends) > length + 1:
         raise UserError(f"An episode has {max(ends)} tokens, more than a row takes ({length + 1}): raise rl.length.")
     needs = [end - 1 for end in ends]  # the last token is only ever a target
-    filled = first_fit(needs, length)
+    filled = first_fit(needs, length)[rank::world]
     parts = [filled[start : start + lines] for start in range(0, len(filled), lines)]
     return [_microbatch(rows, ends, part, max(sum(needs[i] for i in line) for line in part)) for part in parts]
 

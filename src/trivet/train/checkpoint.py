@@ -153,13 +153,11 @@ def _save_together(final: Path, model: nn.Module, optimizer: Optimizer, scalars:
         _all_or_none(failed, ranks)
         try:
             for what, tensors in (("model", _changing(model)), ("optimizer", optimizer.state_dict())):
-                _save_parts(
-                    aside / f"{what}-{ranks.rank + 1:05d}-of-{ranks.world:05d}.safetensors",
-                    what,
-                    tensors,
-                    optimizer.parts,
-                    ranks,
-                )
+                if optimizer.parts:
+                    name = f"{what}-{ranks.rank + 1:05d}-of-{ranks.world:05d}.safetensors"
+                    _save_parts(aside / name, what, tensors, optimizer.parts, ranks)
+                elif ranks.first:  # every process holds all of it
+                    save_tensors(tensors, aside / f"{what}.safetensors")
             if ranks.first:
                 (aside / "state.json").write_text(scalars)
         except OSError as e:

@@ -27,7 +27,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,9 @@ from trivet.model.lora import Size, adapters, attach
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -104,6 +107,24 @@ class Ranks:
         flags = torch.tensor(said, dtype=torch.int32)
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         return [bool(flag) for flag in flags.tolist()]
+
+    def gather(self, value: T) -> list[T]:
+        """What each process has, in their order; tensors in it must be on the CPU."""
+        if self.world == 1:
+            return [value]
+        values = [value] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Of parameters that every process holds whole. One that has none anywhere stays without."""
+        if self.world == 1:
+            return
+        there = self.any(*(p.grad is not None for p in parameters))
+        learnt = [p for p, somewhere in zip(parameters, there, strict=True) if somewhere]
+        sums = self.sum([torch.zeros_like(p) if p.grad is None else p.grad for p in learnt])
+        for p, grad in zip(learnt, sums, strict=True):
+            p.grad = grad
 
 
 ALONE = Ranks()

@@ -1,0 +1,185 @@
+"""Several processes do RL as one does: the same episodes, fp32 weights within 1e-5 after three steps.
+
+All runs are made at once, by processes that `rl_runs.py` forks; the tests then compare what they left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rl_runs import CASES, model_of
+from trivet.disk import Journal
+from trivet.hub.checkpoint import load_pair
+from trivet.rl.learner import TIMES
+
+Job = tuple[str, str, int, dict[str, Any], dict[str, Any]]
+STOPPED = {"save_every_seconds": 0}
+EQUAL: list[Job] = [
+    *((f"{case}-2", case, 2, {}, {}) for case in CASES),
+    *((f"{case}-4", case, 4, {}, {}) for case in ("dense", "moe", "lora")),  # lora: two groups, so two play nothing
+]
+JOBS: list[Job] = [
+    *((case, case, 1, {}, {}) for case in CASES),
+    *EQUAL,
+    ("mean", "dense", 2, {}, {"breaks": "mean"}),
+    # 2 processes are stopped, and go on as 2, as 4 and as 1; 1 is stopped and goes on as 2
+    ("stopped", "moe", 2, STOPPED, {"stop_at": 4}),
+    ("again-2", "moe", 2, {}, {"goes_on": "stopped"}),
+    ("again-4", "moe", 4, {}, {"goes_on": "stopped"}),
+    ("again-1", "moe", 1, {}, {"goes_on": "stopped"}),
+    ("stopped-1", "lora", 1, STOPPED, {"stop_at": 2}),
+    ("again-1-2", "lora", 2, {}, {"goes_on": "stopped-1"}),
+    ("killed", "dense", 2, STOPPED, {"breaks": "killed", "stop_at": 4}),
+    ("killed-again", "dense", 2, {}, {"goes_on": "killed"}),
+    ("player", "dense", 2, {}, {"breaks": "player"}),
+    ("lag", "dense", 2, {"lag": 1}, {}),
+    ("partial", "dense", 2, {"partial": 0.5}, {}),
+    ("workers", "dense", 2, {"workers": 2}, {}),
+    ("server", "dense", 2, {"server": {"url": "http://127.0.0.1:1", "like": ".", "folder": "."}}, {}),
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    program = Path(__file__).with_name("rl_runs.py")
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", str(program), str(folder), json.dumps(JOBS)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in Journal(folder / "metrics.jsonl").read()]
+
+
+def episodes(folder: Path, steps: int) -> list[Any]:
+    """Who was asked what, what was written and what it was worth, in order."""
+    return [
+        [line[name] for name in ("step", "problem", "group", "ids", "kinds", "score")]
+        for line in Journal(folder / "rollouts.jsonl").read()
+        if line["step"] <= steps
+    ]
+
+
+def check_equal(mine: Path, want: Path, tolerance: float, whole: str = "whole-0") -> None:
+    a, b = load_file(mine / f"{whole}.safetensors"), load_file(want / "whole-0.safetensors")
+    assert a.keys() == b.keys()
+    for name, tensor in b.items():
+        torch.testing.assert_close(a[name], tensor, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+    assert episodes(mine, 3) == episodes(want, 3) and len(episodes(want, 3)) >= 3 * 8
+    assert len(lines(mine)) == len(lines(want)) == 3
+    for line, other in zip(lines(mine), lines(want), strict=True):
+        assert line == pytest.approx(other, rel=1e-3 if tolerance else 0, abs=tolerance)
+
+
+@pytest.mark.parametrize("name", [job[0] for job in EQUAL if job[1] != "bf16"])
+def test_several_processes_end_where_one_does(runs: Path, name: str) -> None:
+    check_equal(runs / name, runs / name.partition("-")[0], 1e-5)
+
+
+def test_all_processes_end_with_the_same_bits(runs: Path) -> None:
+    for rank in range(1, 4):
+        check_equal(runs / "moe-4", runs / "moe-4", 0, f"whole-{rank}")
+
+
+def test_a_mean_of_gradients_is_noticed(runs: Path) -> None:
+    assert episodes(runs / "mean", 1) == episodes(runs / "dense", 1)
+    with pytest.raises(AssertionError):
+        check_equal(runs / "mean", runs / "dense", 1e-3)
+
+
+def test_bf16_stays_near(runs: Path) -> None:
+    """Products of other shapes round otherwise, and then another token may be drawn."""
+    first, other = lines(runs / "bf16-2")[0], lines(runs / "bf16")[0]
+    assert first["entropy"] == pytest.approx(other["entropy"], rel=0.02)
+    assert first["ratio/max_abs_log"] == 0.0
+
+
+def test_the_runs_show_something(runs: Path) -> None:
+    for case in CASES:
+        trained = load_file(runs / case / "whole-0.safetensors")
+        moved = [n for n, p in model_of(case).named_parameters() if p.requires_grad and not torch.equal(trained[n], p)]
+        assert len(moved) > 5, case
+    assert all(line["calls_tool"] > 0 for line in lines(runs / "tools"))
+    assert any(line["rounds"] > 1 for line in lines(runs / "lora"))
+    assert all(line["kl"] > 0 and line["routing/agreement"] > 0.9 for line in lines(runs / "moe"))
+
+
+# --------------------------------------------------------------------------------------- stop and go on
+def test_one_interrupted_process_stops_all_at_the_same_step(runs: Path) -> None:
+    said = {(runs / "stopped" / f"ended-{rank}").read_text() for rank in range(2)}
+    assert len(said) == 1 and "is saved" in said.pop()
+    saved = sorted((runs / "stopped" / "resume").iterdir())[-1]
+    assert saved.name in ("step-00000001", "step-00000002")
+    assert sorted(p.name for p in saved.iterdir()) == ["model.safetensors", "optimizer.safetensors", "state.json"]
+
+
+def test_as_many_processes_go_on_to_the_same_bits(runs: Path) -> None:
+    check_equal(runs / "again-2", runs / "moe-2", 0)
+    check_equal(runs / "killed-again", runs / "dense-2", 0)
+
+
+@pytest.mark.parametrize(("name", "want"), [("again-4", "moe"), ("again-1", "moe"), ("again-1-2", "lora")])
+def test_other_numbers_of_processes_go_on_too(runs: Path, name: str, want: str) -> None:
+    check_equal(runs / name, runs / want, 1e-5)
+
+
+def test_a_killed_process_leaves_nobody_waiting(runs: Path) -> None:
+    """The job ended in time, or there were no runs; nothing that it had not finished was saved."""
+    assert not list((runs / "killed").glob("whole-*")) and not list((runs / "killed").glob("ended-*"))
+    assert 1 <= len(lines(runs / "killed")) < 3
+
+
+def test_what_stops_one_player_stops_all_with_its_sentence(runs: Path) -> None:
+    assert {(runs / "player" / f"ended-{rank}").read_text() for rank in range(2)} == {"this process has no room"}
+
+
+@pytest.mark.parametrize("name", ["lag", "partial", "workers", "server"])
+def test_what_shares_out_otherwise_is_refused(runs: Path, name: str) -> None:
+    for rank in range(2):
+        assert f"rl.{name} is another way" in (runs / name / f"ended-{rank}").read_text()
+
+
+def test_torchrun_makes_a_model_that_loads(tmp_path: Path) -> None:
+    (tmp_path / "start.toml").write_text("""
+        model = { d_model = 16, context_length = 64, pattern = "gqa/dense", mixers = { gqa = { kind = "gqa", heads = 2, kv_heads = 1, head_dim = 8, rope = { dims = 8 } } }, ffns = { dense = { kind = "swiglu", hidden = 16 } } }
+        tasks = [{ name = "arithmetic" }]
+        train = { steps = 1, rows = 2, length = 64, overflow = "cut", tensorboard = false }
+    """)
+    (tmp_path / "mine.toml").write_text("""
+        start = "start"
+        tasks = [{ name = "arithmetic" }]
+        rl = { steps = 2, problems = 3, group = 2, max_tokens = 8, length = 64, tensorboard = false }
+    """)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "trivet"]
+    for words in (
+        ["-m", "trivet", "train", "start.toml", "--out", "start"],
+        [*torchrun[1:], "rl", "mine.toml", "--out", "run"],
+    ):
+        done = subprocess.run(
+            [sys.executable, *words, "--device", "cpu"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert done.stderr.count("2/2") == 1  # one process speaks
+    assert [line["step"] for line in Journal(tmp_path / "run" / "metrics.jsonl").read()] == [1, 2]
+    model, _ = load_pair(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "done.json").read_text())["step"] == 2
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
