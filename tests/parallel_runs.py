@@ -33,6 +33,7 @@ from trivet.spec import GQA, MLA, GatedDeltaNet, Lightning, ModelSpec, MoE, Rope
 from trivet.train import checkpoint, trainer
 from trivet.train.data import Document, stable_hash
 from trivet.train.loop import Interrupted
+from trivet.train.offload import Offloaded
 from trivet.train.parallel import gathered, local, processes
 from trivet.train.trainer import TrainConfig, train
 
@@ -113,6 +114,15 @@ class Stopping(Counting):
         return super().__getitem__(index)
 
 
+def count_left(self: Offloaded) -> None:
+    left.append(sum(p.grad is not None for p in self.on_device.values()))
+    real_collect(self)
+
+
+left: list[int] = []  # gradients with the model after each step's backward pass
+real_collect = Offloaded.collect_gradients
+
+
 def no_room(*args: object, **options: object) -> None:
     raise OSError(28, "No space left on device")
 
@@ -130,6 +140,7 @@ def run(out: Path, case: str, settings: dict[str, Any], breaks: str, stop_at: in
         checkpoint.save_tensors = no_room
     with processes(torch.device("cpu")) as device:
         model, config = model_of(case), TrainConfig(**{**BASE, **settings})
+        Offloaded.collect_gradients = count_left  # type: ignore[method-assign]
         try:
             train(model, Stopping(stop_at), config, out, evaluate=last_logit, device=device)
         except (Interrupted, UserError) as e:
@@ -137,6 +148,7 @@ def run(out: Path, case: str, settings: dict[str, Any], breaks: str, stop_at: in
             (out / f"ended-{rank}").write_text(str(e))
             return
         (out / f"held-{rank}").write_text(str(sum(local(p).numel() for p in model.parameters())))
+        (out / f"left-{rank}").write_text(json.dumps(left))
         whole = gathered(model)
         if whole is not None:
             save_file({name: t.contiguous() for name, t in whole.state_dict().items()}, out / "whole.safetensors")

@@ -272,7 +272,7 @@ def test_what_changes_no_result_may_change_between_two_sittings() -> None:
     for name, value in {"steps": 3, "group": 3, "lag": 1, "precision": "bf16"}.items():  # the twin
         assert validate(asked | {"rl": {"steps": 2, name: value}}, RLStage, "b").identity() != one.identity(), name
     train = TrainConfig(steps=2, rows=1, length=8)
-    shards = {"shards", "expert_shards", "recompute", "save_every_seconds", "tensorboard"}
+    shards = {"shards", "expert_shards", "recompute", "offload", "save_every_seconds", "tensorboard"}
     assert train.model_dump().keys() - train.identity().keys() == shards
 
 

@@ -25,6 +25,7 @@ Job = tuple[str, str, int, dict[str, Any], dict[str, Any]]
 STOPPED = {"save_every_seconds": 0}
 EQUAL: list[Job] = [
     *((f"{case}-2", case, 2, {}, {}) for case in CASES),
+    ("moe-offload", "moe", 2, {"offload": "gradients"}, {}),
     *((f"{case}-4", case, 4, {}, {}) for case in ("dense", "moe", "lora")),  # lora: two groups, so two play nothing
 ]
 JOBS: list[Job] = [

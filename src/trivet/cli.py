@@ -71,6 +71,10 @@ Recompute = Annotated[
     bool | None,
     typer.Option("--recompute/--no-recompute", help="Activation checkpointing. Default: the TOML's, or not."),
 ]
+Offload = Annotated[
+    Literal["none", "optimizer", "gradients"] | None,
+    typer.Option(help="What is kept in host memory. Default: the TOML's, or none."),
+]
 Shards = Annotated[
     int | None, typer.Option(min=1, help="Devices that share weights, gradients and optimizer (FSDP). Default: 1.")
 ]
@@ -265,6 +269,7 @@ def plan(
     length: Length = None,
     precision: Precision = None,
     recompute: Recompute = None,
+    offload: Offload = None,
     shards: Shards = None,
     expert_shards: ExpertShards = None,
     tokens: Annotated[float | None, typer.Option("--tokens", help="Tokens to train on, e.g. 15e12.")] = None,
@@ -299,13 +304,11 @@ def plan(
         raise UserError("--measure runs on this machine alone: leave --hardware, --plot and shards out.")
     given = {
         "context": context, "generate": generate, "hardware": names, "batch": batch, "rows": rows, "length": length,
-        "precision": precision, "recompute": recompute, "shards": shards, "expert_shards": expert_shards,
+        "precision": precision, "recompute": recompute, "offload": offload, "shards": shards, "expert_shards": expert_shards,
         "tokens": tokens, "mfu": mfu, "price": price,
     }  # fmt: skip
     ask = validate(given, Question, "trivet plan")
-    if measure:
-        return measure_models(models, ask, device, as_json)
-    plan_models(models, ask, as_json, plot)
+    measure_models(models, ask, device, as_json) if measure else plan_models(models, ask, as_json, plot)
 
 
 # ------------------------------------------------------------------------------------------- helpers

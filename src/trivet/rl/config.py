@@ -10,6 +10,7 @@ from trivet.config import UserError
 from trivet.rl.objectives import find_objective
 from trivet.spec import Free, Frozen
 from trivet.train.loop import RunConfig
+from trivet.train.offload import Where
 
 
 class ServerConfig(Frozen):
@@ -86,6 +87,7 @@ class RLConfig(RunConfig):
     rows: int = Field(default=16, gt=0, description="rows of a microbatch of the update")
     length: int = Field(default=256, gt=0, description="token slots of a row; the longest episode that fits")
     recompute: Free[bool] = Field(default=False, description="activation checkpointing in the update, see TrainConfig")
+    offload: Free[Where] = Field(default="none", description="optimizer or gradients in host memory, see TrainConfig")
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="of products, in sampler and update; weights and optimizer stay fp32"
     )

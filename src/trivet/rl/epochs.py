@@ -198,6 +198,7 @@ class Updates:
 
     def summed(self, done: Sums, seen: Seen) -> tuple[Sums, Seen]:
         """Add up the processes' shares of a minibatch: its gradients, in place, and what was measured."""
+        self.optimizer.collect_gradients()
         self.ranks.sum_gradients(self.optimizer.parameters())
         sums, sights = zip(*self.ranks.gather((done.cpu(), seen)), strict=True)
         return Sums.over(sums), Seen.over(sights)

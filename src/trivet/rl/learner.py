@@ -49,7 +49,7 @@ from trivet.rl.together import Together
 from trivet.rl.update import pack
 from trivet.tasks import Task
 from trivet.train.loop import Loop, Progress, identity_of
-from trivet.train.optim import Optimizer
+from trivet.train.offload import make_optimizer
 from trivet.train.parallel import ranks_of
 
 TIMES = (  # metrics that differ from run to run
@@ -101,7 +101,9 @@ class _Run:
             raise UserError(
                 f"rl.length ({config.length}) exceeds the model's context_length ({model.spec.context_length})."
             )
-        self.optimizer = Optimizer(model.optimizer_groups(), config.muon_lr, config.adam_lr, config.weight_decay)
+        self.optimizer = make_optimizer(
+            config.offload, model.optimizer_groups(), config.muon_lr, config.adam_lr, config.weight_decay
+        )
         self.ranks = ranks_of(1, 1)
         self.updates = Updates(model, self.objective, self.optimizer, config, device, self.ranks)
         identity = {

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 T = TypeVar("T")
 FREE = "may change between two sittings of a run"
-# Who computes, what is shown, when it is saved: a setting on which no bit of the result depends.
+# Who computes and where, what is shown, when it is saved: no result depends on it, but for rounding.
 Free = Annotated[T, FREE]
 
 

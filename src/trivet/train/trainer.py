@@ -28,7 +28,8 @@ from trivet.spec import Free
 from trivet.train.data import Batch, Documents, PackedBatches, share, stable_hash
 from trivet.train.loop import Loop, Progress, RunConfig, identity_of
 from trivet.train.nested import shortened
-from trivet.train.optim import Optimizer, clip, schedule
+from trivet.train.offload import Where, make_optimizer
+from trivet.train.optim import clip, schedule
 from trivet.train.parallel import clip as clip_parts
 from trivet.train.parallel import divide, ranks_of
 from trivet.train.step import Divisors, Precision, StepSums, backward
@@ -60,6 +61,10 @@ class TrainConfig(RunConfig):
     recompute: Free[bool] = Field(
         default=False,
         description="activation checkpointing: layers are computed again in the backward pass; less memory, a third more work",
+    )
+    offload: Free[Where] = Field(
+        default="none",
+        description="kept in host memory, where the step then happens: the optimizer, or each gradient too, see offload.py",
     )
     clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient; inf: never clip")
     warmup: int = Field(default=0, ge=0, description="steps of linear warm-up")
@@ -113,7 +118,9 @@ class _Run:
         groups = {
             kind: {plain_name(name): p for name, p in table.items()} for kind, table in model.optimizer_groups().items()
         }
-        self.optimizer = Optimizer(groups, config.muon_lr, config.adam_lr, config.weight_decay, parts=self.parts)
+        self.optimizer = make_optimizer(
+            config.offload, groups, config.muon_lr, config.adam_lr, config.weight_decay, self.parts
+        )
         self.loop = Loop(model, self.optimizer, config, out, identity, ranks=self.ranks)
         kept = self.loop.kept or {"document": 0, "totals": {"tokens": 0, "targets": 0, "slots": 0, "cut": 0}}
         self.totals: dict[str, int] = kept["totals"]
@@ -133,6 +140,7 @@ class _Run:
             sums = backward(self.model, batches, config.mtp_weight, config.precision, config.recompute, of)
         loss, mtp, balance, *loads = self.ranks.sum([sums.loss, sums.mtp, sums.balance, *sums.loads])
         self.sums = StepSums(loss, mtp, balance, loads)
+        self.optimizer.collect_gradients()
         if self.parts:
             self.norm = clip_parts(self.optimizer.named(), self.parts, self.ranks, config.clip)
         else:
