@@ -158,6 +158,54 @@ def test_what_shares_out_otherwise_is_refused(runs: Path, name: str) -> None:
         assert f"rl.{name} is another way" in (runs / name / f"ended-{rank}").read_text()
 
 
+RECIPE = """
+name = "small"
+
+[stages.start]
+kind = "train"
+model = { d_model = 16, context_length = 64, pattern = "gqa/dense", mixers = { gqa = { kind = "gqa", heads = 2, kv_heads = 1, head_dim = 8, rope = { dims = 8 } } }, ffns = { dense = { kind = "swiglu", hidden = 16 } } }
+tasks = [{ name = "arithmetic" }]
+train = { steps = 2, rows = 2, length = 64, overflow = "cut", tensorboard = false }
+
+[stages.learn]
+kind = "rl"
+start = "start"
+tasks = [{ name = "arithmetic" }]
+rl = { steps = 2, problems = 3, group = 2, max_tokens = 8, length = 64, tensorboard = false }
+
+[stages.look]
+kind = "compare"
+models = ["start", "learn"]
+probes = [{ label = "sums", task = { name = "arithmetic" }, max_tokens = 8 }]
+count = 4
+"""
+
+
+def test_torchrun_runs_a_recipe(tmp_path: Path) -> None:
+    """Its stages of training on both processes, the others on the first; what stops that one stops both."""
+    (tmp_path / "small.toml").write_text(RECIPE)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "trivet"]
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*torchrun, "run", "small.toml", "--out", "out", "--device", "cpu", *words], cwd=tmp_path, capture_output=True,
+            text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("2/2") == 3  # a stage each; one process speaks
+    for name in ("start", "learn"):
+        assert [line["step"] for line in Journal(tmp_path / "out" / name / "metrics.jsonl").read()] == [1, 2]
+        load_pair(tmp_path / "out" / name)
+    assert list((tmp_path / "out" / "start" / "resume").glob("*/model-00002-of-00002.safetensors"))  # both took part
+    assert json.loads((tmp_path / "out" / "look" / "done.json").read_text()) == {"points": 2}
+    again = run("stages.look.count=5")
+    assert again.returncode != 0 and again.stderr.count("was run with count = 4, now it is 5") == 1
+    assert again.stderr.count("complete, skipped") == 2
+    assert "rank      : 0 " in again.stderr.partition("Root Cause")[2]  # and the other was not what ended it
+
+
 def test_torchrun_makes_a_model_that_loads(tmp_path: Path) -> None:
     (tmp_path / "start.toml").write_text("""
         model = { d_model = 16, context_length = 64, pattern = "gqa/dense", mixers = { gqa = { kind = "gqa", heads = 2, kv_heads = 1, head_dim = 8, rope = { dims = 8 } } }, ffns = { dense = { kind = "swiglu", hidden = 16 } } }

@@ -89,11 +89,15 @@ def run(config: ConfigFile, overrides: Overrides = None, out: Out = Path("runs/r
     from trivet.config import load
     from trivet.recipes.progress import Live
     from trivet.recipes.stages import Recipe, run_recipe
+    from trivet.train.parallel import first, processes
 
     recipe = load(config, Recipe, overrides or [])
-    on = _device(device, recipe.threads)
-    with _interruptible(), Live() as live:
-        run_recipe(recipe, out, on, live.watch, live.say)
+    wanted = _device(device, recipe.threads, together=True)
+    with _interruptible(), processes(wanted) as on, Live() as live:
+        if first():
+            run_recipe(recipe, out, on, live.watch, live.say)
+        else:
+            run_recipe(recipe, out, on, lambda name, stage: None, lambda text: None)
 
 
 @app.command()
@@ -345,7 +349,7 @@ def _device(name: str, threads: int = 0, together: bool = False) -> torch.device
 
     if not together and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
-            "Several processes (WORLD_SIZE is set) only work together in `trivet train` and `trivet rl`: start this without torchrun."
+            "Several processes (WORLD_SIZE is set) only work together in `trivet train`, `rl` and `run`: start this without torchrun."
         )
 
     from trivet.recipes.memory import keep_freed_memory

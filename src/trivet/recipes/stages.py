@@ -38,7 +38,7 @@ from trivet.recipes.kinds.train import TrainStage
 from trivet.recipes.workers import Tell, side_by_side
 from trivet.spec import Frozen
 from trivet.train.checkpoint import first_difference
-from trivet.train.parallel import first
+from trivet.train.parallel import Ranks, first, ranks_of
 
 Stage = Annotated[
     TrainStage | RLStage | SampleStage | PreferenceStage | DistilStage | CompareStage | ReportStage,
@@ -47,6 +47,9 @@ Stage = Annotated[
 RUNNERS: dict[str, Callable[[Any, Context], dict[str, Any]]] = {
     "train": train.run, "rl": rl.run, "sample": sample.run, "preference": preference.run, "distil": distil.run, "compare": compare.run, "report": report.run,
 }  # fmt: skip
+
+
+TOGETHER = ("train", "rl")  # what the processes that torchrun started do together
 
 
 class Recipe(Frozen):
@@ -74,18 +77,19 @@ def run_recipe(
 ) -> None:
     """Run all stages of a recipe. `watch(name, stage)` gives each stage its progress display.
 
-    Stages that wait for nothing run side by side as far as the recipe's threads go. How many threads a
+    Stages that wait for nothing run side by side as far as the recipe's threads go, on one process. How many threads a
     stage has is its own setting and not a matter of what runs beside it, so its result isn't either.
     """
     stages = {name: stage.reseeded(recipe.seed) for name, stage in recipe.stages.items()}
-    for wave in waves(stages, recipe.threads if device.type == "cpu" else 0):
+    ranks = ranks_of(1, 1)
+    for wave in waves(stages, recipe.threads if device.type == "cpu" and ranks.world == 1 else 0):
         shows = {name: watch(name, stages[name]) for name in wave}
         contexts = {name: Context(run / name, run, recipe, device, shows[name], say) for name in wave}
         if len(wave) > 1:
             _run_beside({name: stages[name] for name in wave}, contexts)
         else:
             torch.set_num_threads(stages[wave[0]].threads or recipe.threads or torch.get_num_threads())
-            run_stage(stages[wave[0]], contexts[wave[0]])
+            _run_together(stages[wave[0]], contexts[wave[0]], ranks)
 
 
 def waves(stages: Mapping[str, Stage], threads: int) -> list[list[str]]:
@@ -100,6 +104,20 @@ def waves(stages: Mapping[str, Stage], threads: int) -> list[list[str]]:
         left = [name for name in left if name not in wave]
         found.append(wave)
     return found
+
+
+def _run_together(stage: Stage, context: Context, ranks: Ranks) -> None:
+    """On several processes: one of a kind that can't share out its work is the first one's, and the others wait for it."""
+    failed: BaseException | None = None
+    if stage.kind in TOGETHER:
+        run_stage(stage, context)
+    elif ranks.first:
+        try:
+            run_stage(stage, context)
+        except (UserError, KeyboardInterrupt) as e:  # which the others are to hear of
+            failed = e
+    if ranks.any(failed is not None)[0]:  # nobody goes on before all that it wrote is there
+        raise failed or SystemExit  # what went wrong, the first one says
 
 
 def _run_beside(stages: Mapping[str, Stage], contexts: Mapping[str, Context]) -> None:

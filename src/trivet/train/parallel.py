@@ -27,6 +27,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+PATIENCE = timedelta(
+    days=1
+)  # for a process that plays longer, or does alone what can't be shared out; a dead one is noticed at once
 
 
 @contextmanager
@@ -65,7 +69,7 @@ def processes(device: torch.device) -> Iterator[torch.device]:
         raise UserError(f"Several processes train on cuda or cpu, not on {device.type}: give --device, or start one.")
     try:
         # What is said between steps (stop, save) is said by gloo, so that no GPU has to be waited for.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     except (ValueError, RuntimeError) as e:
         raise UserError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes did not find each other ({str(e).splitlines()[0]}): "
