@@ -18,10 +18,12 @@ from trivet.config import UserError
 from trivet.model import Transformer
 from trivet.rl import together
 from trivet.rl.learner import learn
+from trivet.rl.rewards import make_rewards
 from trivet.tasks import Problem
 from trivet.train.loop import Interrupted
 from trivet.train.parallel import Ranks, processes
 
+REWARDS = [{"name": "length", "weight": 0.2, "limit": 30}]  # each process adds it to what it played
 BASE = {
     "steps": 3,
     "problems": 5,
@@ -83,22 +85,17 @@ def run(out: Path, case: str, settings: dict[str, Any], breaks: str, stop_at: in
     if breaks == "player" and rank == 1:
         together.play = refuse
     task = Calls() if case == "tools" else Stopping(breaks, stop_at)
-    with processes(torch.device("cpu")) as device:
-        model = model_of(case)
-        try:
-            learn(
-                model,
-                CHAT,
-                [(task, 1.0), (Digits(), 1.0)],
-                config(**{**BASE, **CASES[case], **settings}),
-                out,
-                device=device,
-            )
-        except (Interrupted, UserError) as e:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / f"ended-{rank}").write_text(str(e))
-            return
-        save_file({n: t.contiguous() for n, t in model.state_dict().items()}, out / f"whole-{rank}.safetensors")
+    rewards = make_rewards(REWARDS) if case == "tools" else ()
+    settings = {**BASE, **CASES[case], **settings}
+    try:
+        with processes(torch.device("cpu")) as device:
+            model = model_of(case)
+            learn(model, CHAT, [(task, 1.0), (Digits(), 1.0)], config(**settings), out, rewards=rewards, device=device)
+    except (Interrupted, UserError) as e:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"ended-{rank}").write_text(str(e))
+        return
+    save_file({n: t.contiguous() for n, t in model.state_dict().items()}, out / f"whole-{rank}.safetensors")
 
 
 if __name__ == "__main__":

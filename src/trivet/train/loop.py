@@ -61,7 +61,7 @@ class Loop:
         optimizer: Optimizer,
         config: RunConfig,
         out: Path,
-        identity: Metrics,
+        identity: Mapping[str, Any],
         *,
         ranks: Ranks = ALONE,
         journals: Sequence[Journal] = (),

@@ -77,6 +77,13 @@ def processes(device: torch.device) -> Iterator[torch.device]:
         ) from None
     try:
         yield device
+    except RuntimeError as e:
+        if "gloo/transport" not in str(e):  # where it is noticed that a process died
+            raise
+        raise UserError(
+            f"The connection to another of the {os.environ['WORLD_SIZE']} processes was lost: see what that one said last. The same "
+            "command goes on from the last saved state."
+        ) from None
     finally:
         dist.destroy_process_group()
 
