@@ -67,9 +67,12 @@ def deal(rows: Sequence[Row], minibatches: int) -> list[list[int]]:
     return dealt
 
 
-def pack(rows: Sequence[Row], lines: int, length: int, share: bool = True) -> list[Packed]:
+def pack(
+    rows: Sequence[Row], lines: int, length: int, share: bool = True, rank: int = 0, world: int = 1
+) -> list[Packed]:
     """Microbatches of at most `lines` x `length` tokens that hold every row once. UserError for one too long.
 
+    Of several processes each gets every `world`-th line, so that all have about as much to do.
     The longest line is in the first one, so what doesn't fit into memory fails at once.
     A row ends with its last trained token: what follows (a tool result that nobody read) has no loss.
     share: rows with the same prompt share it; then lines are fewer and longer, so that one takes a whole group.
@@ -78,10 +81,11 @@ def pack(rows: Sequence[Row], lines: int, length: int, share: bool = True) -> li
     if rows and max(ends) > length + 1:
         raise UserError(f"An episode has {max(ends)} tokens, more than a row takes ({length + 1}): raise rl.length.")
     shared = [row.trained.index(True) - 1 if share else 0 for row in rows]
-    families = _families(rows, ends, shared, lines * length if share else length)
+    room = min(lines * length, sum(ends) // world) if share else length
+    families = _families(rows, ends, shared, max(room, length))
     needs = [sum(ends[i] - 1 - before for i, before in family) for family in families]
     longest = max([length, *needs])
-    lines, filled = lines * length // longest, first_fit(needs, longest)
+    lines, filled = lines * length // longest, first_fit(needs, longest)[rank::world]
     parts = [filled[start : start + lines] for start in range(0, len(filled), lines)]
     return [
         _microbatch(
