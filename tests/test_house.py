@@ -230,7 +230,7 @@ def test_ordinary_text_is_not_a_machine(text: str) -> None:
 # -------------------------------------------------------------------------------------- what is loaded
 def test_planning_talking_grading_and_acting_load_no_torch() -> None:
     """The import contracts see our own imports; this sees what libraries bring along."""
-    rooms = "spec messages config disk chat tasks tools agent.loop hub measure.memory measure.activations measure.plan measure.plan_show measure.stats measure.trial rl.rewards rl.judge cli".split()
+    rooms = "spec messages config disk chat tasks tools agent.loop hub measure.memory measure.activations measure.plan measure.plan_show measure.stats measure.trial rl.config rl.rewards rl.judge rl.endpoint cli".split()
     code = f"""
         import importlib, sys
         for room in {rooms}:

@@ -30,7 +30,8 @@ from trivet.measure.trial_run import STATUS
 from trivet.model import Routing, Transformer, attention, delta, ffn, linear
 from trivet.spec import FFN, GQA, MLA, GatedDeltaNet, Lightning, Mixer, ModelSpec, MoE, Rope, SwiGLU
 from trivet.train import losses, optim
-from trivet.train.offload import Where, make_optimizer
+from trivet.train.config import Where
+from trivet.train.offload import make_optimizer
 from trivet.train.optim import Optimizer, newton_schulz
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from trivet.config import UserError
-from trivet.rl.objectives import OBJECTIVES, Objective, Totals, advantages, find_objective, policy_loss
+from trivet.rl.loss import Totals, advantages, policy_loss
+from trivet.rl.objectives import OBJECTIVES, Objective, find_objective
 
 SEQUENCE = torch.tensor([0, 0, 0, 1, 1, 1])
 MASK = torch.tensor([True, True, True, True, False, True])

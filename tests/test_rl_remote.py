@@ -20,15 +20,16 @@ from test_rl_objectives import LOGP, loss_of, row
 from trivet.agent.loop import Episode
 from trivet.config import UserError
 from trivet.engine import Engine, EngineModel
-from trivet.messages import ChatModel, Sampling, StopReason
+from trivet.messages import ChatModel, Sampling, Score, StopReason
 from trivet.model import Transformer, save_model
 from trivet.model.lora import Size, adapter_parameters, attach, places
 from trivet.recipes.export import export
-from trivet.rl import remote
+from trivet.rl import client, remote
 from trivet.rl.config import ServerConfig
 from trivet.rl.epochs import Seen
 from trivet.rl.learner import learn
 from trivet.rl.remote import RemoteModel, Server
+from trivet.rl.rewards import Reward
 from trivet.rl.rollout import Job, begin
 from trivet.spec import GQA, ModelSpec, Rope, SwiGLU
 
@@ -150,6 +151,15 @@ def test_a_batch_ahead_from_a_server(place: ServerConfig, tmp_path: Path) -> Non
     assert logged[1]["stale/share"] == 1 and logged[1]["tis/mean"] == 1
 
 
+def test_a_judge_may_have_an_event_loop_of_its_own(place: ServerConfig, tmp_path: Path) -> None:
+    async def opinion() -> Score:
+        return Score(0.5)
+
+    judge = Reward("judge", 1.0, lambda cases: [asyncio.run(opinion()) for _ in cases])
+    told = learn(qwen(), CHAT, [(Digits(), 1.0)], config(steps=1, server=place), tmp_path, rewards=(judge,))
+    assert told["not_ok"] == 0 and told["reward/judge"] == 0.5
+
+
 def test_weights_that_do_not_arrive_stop_the_run(place: ServerConfig, tmp_path: Path) -> None:
     """The twin, and the other way to push."""
     learning = {"steps": 3, "muon_lr": 0.02, "problems": 8}
@@ -166,7 +176,7 @@ def test_weights_that_do_not_arrive_stop_the_run(place: ServerConfig, tmp_path: 
 
 
 def test_a_server_that_is_gone(place: ServerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(client, "WAITS", (0.0, 0.0))
     gone = place.model_copy(update={"url": "http://127.0.0.1:9", "model": "tiny", "push": ("true",)})
     with pytest.raises(UserError, match=r"could not be graded \(16 error\).*generation: http://127.0.0.1:9/v1/comp"):
         learn(qwen(), CHAT, [(Digits(), 1.0)], config(server=gone), tmp_path)
@@ -178,10 +188,10 @@ def test_one_that_is_busy_is_asked_again(place: ServerConfig, monkeypatch: pytes
             await server.ask("POST", "/be_busy")
             return await server.go_on((5, 6, 7), 4, (), 1.0, 3), server.failed
 
-    monkeypatch.setattr(remote, "WAITS", (0.0, 0.0))
+    monkeypatch.setattr(client, "WAITS", (0.0, 0.0))
     piece, failed = asyncio.run(asked())
     assert failed == 1 and len(piece.tokens) == len(piece.logprobs) == 4 and piece.full
-    monkeypatch.setattr(remote, "WAITS", (0.0,))
+    monkeypatch.setattr(client, "WAITS", (0.0,))
     with pytest.raises(remote.Failed, match="503: .*busy"):
         asyncio.run(asked())
 

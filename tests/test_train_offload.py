@@ -23,8 +23,9 @@ from trivet.model import Transformer
 from trivet.model.lora import Size, adapter_parameters, attach, places
 from trivet.rl.learner import TIMES as RL_TIMES
 from trivet.rl.learner import learn
+from trivet.train.config import Where
 from trivet.train.loop import Interrupted
-from trivet.train.offload import Offloaded, Where, make_optimizer
+from trivet.train.offload import Offloaded, make_optimizer
 from trivet.train.step import backward
 from trivet.train.trainer import TIMES, train
 

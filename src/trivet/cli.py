@@ -135,7 +135,9 @@ def rollouts(
 @app.command("eval")
 def evaluate(
     model: ModelDir,
-    task: Annotated[str, typer.Option("--task", "-t", help="Task name: chain, search, arithmetic, jsonl, gym:NAME.")],
+    task: Annotated[
+        str, typer.Option("--task", "-t", help="Task name: chain, search, arithmetic, jsonl, gym:NAME, verifiers:NAME.")
+    ],
     settings: Annotated[
         list[str] | None, typer.Option("--set", "-s", help="A setting of the task, e.g. --set max_steps=12.")
     ] = None,

@@ -162,6 +162,27 @@ class ChatModel(Protocol):
         ...
 
 
+class World(Protocol):
+    """What a model talks to where the other side is no list of tools: it answers every turn, and grades the whole.
+
+    It keeps nothing between calls: all is in the transcript (prompt, the model's turns, its own replies), and to the
+    same transcript it must say the same.
+    """
+
+    @property
+    def specs(self) -> Sequence[ToolSpec]:
+        """What the model is told that it may call."""
+        ...
+
+    def reply(self, transcript: Sequence[Message]) -> Sequence[Message] | Score:
+        """What is said to the model's last turn: results of its calls, what a user says; nothing: it is over.
+
+        A Score that is not ok says why there is no reply."""
+        ...
+
+    def grade(self, transcript: Sequence[Message]) -> Score: ...
+
+
 @dataclass(frozen=True)
 class Score:
     """The RL reward and the eval score are this one value. Not ok is masked and counted, never 0."""

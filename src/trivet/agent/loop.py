@@ -1,6 +1,7 @@
 """The agent loop: a ChatModel, tools and budgets become typed steps. Chat, evaluation and RL share it.
 
     while the model asks for tools: run them, hand the results back, let it go on
+    in a world (`messages.World`): hand back what it says, until it says nothing
 
 Token and thinking budgets are of the whole episode, not of a turn. Nothing that a model writes stops
 the loop with an exception: a malformed call or an unknown tool is answered with text.
@@ -16,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from trivet.config import nearest
-from trivet.messages import ChatModel, Message, Sampling, StopReason, ToolCall
+from trivet.messages import ChatModel, Message, Sampling, Score, StopReason, ToolCall, World
 from trivet.tools import Tool, ToolResult
 
 
@@ -36,12 +37,23 @@ class ToolStep:
 
 
 @dataclass(frozen=True)
+class ReplyStep:
+    """What a world said that is no result of a call."""
+
+    message: Message
+
+
+Step = ModelStep | ToolStep | ReplyStep
+
+
+@dataclass(frozen=True)
 class Episode:
-    """What happened, in order. `stop` is why it ended."""
+    """What happened, in order. `stop` is why it ended; `failure` why its world could not go on."""
 
     prompt: tuple[Message, ...]
-    steps: tuple[ModelStep | ToolStep, ...]
+    steps: tuple[Step, ...]
     stop: StopReason | Literal["max_turns"]
+    failure: Score | None = None
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -67,19 +79,23 @@ class Episode:
         return [step.message.completion for step in self.steps if isinstance(step, ModelStep)]
 
 
-def _message(step: ModelStep | ToolStep) -> Message:
-    if isinstance(step, ModelStep):
-        return step.message
-    return Message("tool", step.result.text, tool_call_id=step.call.id)
+def _message(step: Step) -> Message:
+    if isinstance(step, ToolStep):
+        return Message("tool", step.result.text, tool_call_id=step.call.id)
+    return step.message
 
 
 async def run_episode(
-    model: ChatModel, messages: Sequence[Message], tools: Sequence[Tool], sampling: Sampling, max_turns: int = 8
-) -> Episode:
-    """Let the model answer, running the tools that it asks for, until it is done or out of budget."""
-    steps: list[ModelStep | ToolStep] = []
+    model: ChatModel, messages: Sequence[Message], tools: Sequence[Tool], sampling: Sampling, max_turns: int = 8,
+    world: World | None = None,
+) -> Episode:  # fmt: skip
+    """Let the model answer, running the tools that it asks for, until it is done or out of budget.
+
+    world: answers each turn in place of tools.
+    """
+    steps: list[Step] = []
     transcript = list(messages)
-    specs = [tool.spec for tool in tools]
+    specs = [tool.spec for tool in tools] if world is None else world.specs
     left = sampling.max_tokens
     for _ in range(max_turns):
         message = await model.complete(transcript, specs, replace(sampling, max_tokens=left))
@@ -88,14 +104,35 @@ async def run_episode(
         completion = message.completion
         stop = completion.stop if completion is not None else StopReason.END
         left -= len(completion.tokens) if completion is not None else 0
-        if not message.tool_calls or not tools or stop not in (StopReason.TOOL_CALL, StopReason.END):
+        if stop not in (StopReason.TOOL_CALL, StopReason.END):
             return Episode(tuple(messages), tuple(steps), stop)
-        for call in message.tool_calls:
-            steps.append(ToolStep(call, call_tool(tools, call)))
-            transcript.append(_message(steps[-1]))
+        said = _replies(world, transcript) if world is not None else _results(tools, message)
+        if isinstance(said, Score):
+            return Episode(tuple(messages), tuple(steps), StopReason.ERROR, said)
+        if not said:
+            return Episode(tuple(messages), tuple(steps), stop)
+        steps += said
+        transcript += map(_message, said)
         if left <= 0:
             return Episode(tuple(messages), tuple(steps), StopReason.LENGTH)
     return Episode(tuple(messages), tuple(steps), "max_turns")
+
+
+def _results(tools: Sequence[Tool], message: Message) -> list[Step]:
+    return [ToolStep(call, call_tool(tools, call)) for call in message.tool_calls if tools]
+
+
+def _replies(world: World, transcript: Sequence[Message]) -> list[Step] | Score:
+    """A world's reply as steps: what answers a call of the last turn is a ToolStep."""
+    said = world.reply(transcript)
+    if isinstance(said, Score):
+        return said
+    calls = {call.id: call for call in transcript[-1].tool_calls}
+    return [
+        ToolStep(calls[m.tool_call_id], ToolResult(m.content)) if m.role == "tool" and m.tool_call_id in calls
+        else ReplyStep(m)
+        for m in said
+    ]  # fmt: skip
 
 
 def call_tool(tools: Sequence[Tool], call: ToolCall) -> ToolResult:

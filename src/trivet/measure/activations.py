@@ -16,6 +16,7 @@ from typing import Literal
 from pydantic import Field
 
 from trivet.spec import GQA, MLA, Frozen, GatedDeltaNet, Lightning, MoE, SwiGLU
+from trivet.train.config import Where
 
 FP32 = 4
 CHUNK, DELTA_CHUNK = 128, 32  # tokens of a chunk of lightning attention, of the delta rule (model/linear.py, delta.py)
@@ -30,7 +31,7 @@ class Setting(Frozen):
     length: int = Field(default=4096, gt=0)
     precision: Literal["fp32", "bf16"] = "bf16"
     recompute: bool = False
-    offload: Literal["none", "optimizer", "gradients"] = "none"
+    offload: Where = "none"
     accumulate: int = Field(default=1, gt=0)
     shards: int = Field(default=1, gt=0)
     expert_shards: int = Field(default=1, gt=0)

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from trivet.agent.loop import Episode, ModelStep
+from trivet.agent.loop import Episode, ModelStep, ToolStep
 from trivet.chat import Chat
 from trivet.config import UserError
 from trivet.engine import PREFIX_BYTES, Engine
@@ -155,9 +155,11 @@ def _pieces(episode: Episode) -> list[Piece]:
                 pieces.append(Piece(kind="thinking", text=step.message.reasoning))
             if step.message.content:
                 pieces.append(Piece(kind="answer", text=step.message.content))
-        else:
+        elif isinstance(step, ToolStep):
             text = " ".join([step.call.name, *(str(v) for v in step.call.arguments.values())]).strip()
             pieces += [Piece(kind="call", text=text), Piece(kind="result", text=step.result.text)]
+        else:
+            pieces.append(Piece(kind="result", text=step.message.content))
     return pieces
 
 

@@ -12,8 +12,7 @@ Three moments compete for the peak (`Moments`): the end of the forward pass, whe
 gradient; the backward pass, which frees a layer's activations and makes its gradients; the update, in which
 Muon works on one stack of equal shapes after the other, and AdamW holds a copy of what it trains.
 
-An update of RL (`rl/epochs.py`) is the same step, but for prediction modules, which it does not run; the reference
-of a KL term is one more copy of the weights.
+What RL holds is `memory_rl.py`.
 
 FSDP (arXiv 2304.11277) divides weights, gradients and optimizer by `shards`, and gathers two layers at a
 time, embedding and head for the whole step; expert parallelism divides the experts further, by `expert_shards`,
@@ -126,7 +125,7 @@ def modules(spec: ModelSpec) -> list[LayerSpec]:
     return [*spec.layers, *[spec.layers[-1]] * spec.mtp]
 
 
-def _held(spec: ModelSpec, s: Setting) -> tuple[float, list[Matrix]]:
+def held(spec: ModelSpec, s: Setting) -> tuple[float, list[Matrix]]:
     """Numbers that one device trains: of all kinds, and of matrices as Muon meets them."""
     d = spec.d_model
     found = [m for layer in modules(spec) for m in matrices(layer, d)] + [Matrix(spec.mtp, d, 2 * d)]
@@ -182,7 +181,7 @@ def forward_kept(spec: ModelSpec, s: Setting) -> int:
 def training_memory(spec: ModelSpec, s: Setting) -> Training:
     """What one device holds. Raises UserError for expert shards that can't be."""
     check_shards(spec, s)
-    numbers, found = _held(spec, s)
+    numbers, found = held(spec, s)
     matrix = sum(m.numbers for m in found) / s.shards
     weights = gradients = FP32 * numbers
     optimizer = FP32 * (matrix + 2 * (numbers - matrix))
@@ -193,17 +192,15 @@ def training_memory(spec: ModelSpec, s: Setting) -> Training:
         gradients = gradients if s.offload == "optimizer" else 0
     table, kept = spec.vocab_size * spec.d_model, forward_kept(spec, s)
     head = (1 + spec.mtp) * s.wide * (s.tokens * spec.d_model + table)  # the gradients that the losses keep
-    loss, muon = _loss(spec, s), _muon(found, s)
+    loss, muon, busy = _loss(spec, s), _muon(found, s), update_bytes(found, numbers - matrix, s)
     still = weights + copies + optimizer + (gradients if s.accumulate > 1 else 0)
     tables = (1 if spec.tie_embeddings else 2) * table
     still += FP32 * tables if _apart(s) else 0  # gathered
     still += _masks(spec, s) if s.recompute else 0  # held until layers are computed again
     moments = Moments(
         round(still + kept + head + loss),
-        round(still + _backward(spec, s, kept, head)),
-        round(
-            weights + (FP32 * muon if s.leaves else copies + gradients + optimizer + FP32 * max(muon, numbers - matrix))
-        ),
+        round(still + after_backward(spec, s, kept, head)),
+        round(weights + (FP32 * muon if s.leaves else copies + gradients + optimizer + busy)),
     )
     return Training(round(weights), round(gradients), round(optimizer), round(kept + head), round(host), moments)
 
@@ -247,7 +244,7 @@ def check_shards(spec: ModelSpec, s: Setting) -> None:
             )
 
 
-def _backward(spec: ModelSpec, s: Setting, kept: float, head: int) -> float:
+def after_backward(spec: ModelSpec, s: Setting, kept: float, head: int) -> float:
     """The most that activations and gradients take together, while layer by layer one becomes the other."""
     d = spec.d_model
     passing = s.leaves and s.offload == "gradients"
@@ -275,6 +272,11 @@ def _apart(s: Setting) -> bool:
 def _busy(layer: LayerSpec, d: int, s: Setting) -> float:
     """Bytes a token of gradients that are in the works at once inside one layer: of its stream, and of its widest part."""
     return 2 * FP32 * d + max(BUSY[part.kind](part, d, s) for part in (layer.mixer, layer.ffn))
+
+
+def update_bytes(found: list[Matrix], others: float, s: Setting) -> float:
+    """Bytes that Muon works with, or AdamW's copy of what it trains, beside the moments."""
+    return FP32 * max(_muon(found, s), others)
 
 
 def _muon(found: list[Matrix], s: Setting) -> int:

@@ -24,7 +24,9 @@ from trivet.hub import Described, known_model, known_names, read_config_file
 from trivet.hub.base import base_of, is_adapter
 from trivet.measure.activations import Setting
 from trivet.measure.memory import training_memory
+from trivet.measure.plan_rl import Planned, price_rl, rl_stages
 from trivet.spec import Frozen, ModelSpec
+from trivet.train.config import Where
 
 BF16, FP32 = 2, 4
 MOST_ROWS = 256  # of a step, where nobody says how many
@@ -43,7 +45,7 @@ class Question(Frozen):
     length: int | None = Field(default=None, gt=0)
     precision: Literal["fp32", "bf16"] | None = None
     recompute: bool | None = None
-    offload: Literal["none", "optimizer", "gradients"] | None = None
+    offload: Where | None = None
     shards: int | None = Field(default=None, gt=0)
     expert_shards: int | None = Field(default=None, gt=0)
     tokens: float | None = Field(default=None, gt=0)
@@ -199,7 +201,7 @@ def find_model(name: str) -> Described:
     if path.suffix == ".json" and path.is_file():
         return _from_json(path)
     if path.suffix == ".toml" or path.is_file():
-        return Described(_from_toml(path))
+        return _from_toml(path)
     known = known_model(name)
     if known is None:
         raise UserError(
@@ -219,28 +221,56 @@ def _from_json(path: Path) -> Described:
     return read_config_file(path)
 
 
-def _from_toml(path: Path) -> ModelSpec:
-    """The `[model]` of a TOML file, or of its first stage with one. A run leaves vocab_size to its tokenizer."""
+def _from_toml(path: Path) -> Described:
+    """The `[model]` of a TOML file, or of its first stage with one; of RL alone, what it starts from."""
     table = _stage(path)
+    if table is not None:
+        return Described(spec_of(path, table))
+    for stage in rl_stages(path):
+        return started(path, stage)
+    raise UserError(f"{path} describes no model: it has no [model] table.")
+
+
+def spec_of(path: Path, table: dict[str, Any]) -> ModelSpec:
+    """Of a table with a [model]. A run leaves vocab_size to its tokenizer."""
     return validate({"vocab_size": _vocab(table), **table["model"]}, ModelSpec, f"{path} [model]")
+
+
+def started(path: Path, stage: Planned) -> Described:
+    """The model that a stage of RL starts from."""
+    if isinstance(stage.start, dict):
+        return Described(spec_of(path, stage.start))
+    return find_model(stage.start)
+
+
+def plan_rl(name: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """What each stage of RL in a TOML file takes, by its name, and what there is to say; nothing for other files."""
+    path = Path(name)
+    stages = rl_stages(path) if path.suffix == ".toml" else []
+    notes = [
+        f"{stage.label}: it trains adapters (lora), which are not planned; this is the same stage without"
+        for stage in stages if stage.adapters
+    ]  # fmt: skip
+    return {stage.label: price_rl(started(path, stage).spec, stage.config) for stage in stages}, notes
 
 
 def find_training(name: str) -> dict[str, Any] | None:
     """What the `[train]` beside a TOML's `[model]` says of a step; None for what is no run. UserError as in a run."""
     path = Path(name)
-    if path.suffix != ".toml" or "train" not in (stage := _stage(path)):
+    stage = _stage(path) if path.suffix == ".toml" else None
+    if stage is None or "train" not in stage:
         return None
     said = {key: value for key, value in stage["train"].items() if key in Setting.model_fields}
     validate(said, Setting, f"{path} [train]")
     return said
 
 
-def _stage(path: Path) -> dict[str, Any]:
+def _stage(path: Path) -> dict[str, Any] | None:
     data = read_toml(path)
     for table in [data, *data.get("stages", {}).values()]:
         if "model" in table:
             return table
-    raise UserError(f"{path} describes no model: it has no [model] table.")
+    return None
 
 
 def _vocab(table: dict[str, Any]) -> int:

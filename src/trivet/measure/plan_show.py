@@ -13,6 +13,7 @@ from trivet.measure.plan import (
     find_device,
     find_model,
     find_training,
+    plan_rl,
     price,
     sequence_bytes,
     step_seconds,
@@ -58,6 +59,22 @@ LIMITS: Rows = [
     ("training_device_hours", "training, hours", "{:,.0f}"),
     ("training_cost", "training, cost", "{:,.0f}"),
 ]
+RL: Rows = [
+    ("sampled", "RL: episodes × slots", "{}"),
+    ("step", "… update: rows × length", "{}"),
+    ("weights", "… weights, fp32", "bytes"),
+    ("optimizer", "… Muon and AdamW, fp32", "bytes"),
+    ("reference", "… reference (KL)", "bytes"),
+    ("sampler", "… sampler's copy, bf16", "bytes"),
+    ("caches", "… caches", "bytes"),
+    ("logits", "… logits of a step", "bytes"),
+    ("episodes", "… the batch's episodes", "bytes"),
+    ("sampling", "… sampling, all in all", "bytes"),
+    ("forward", "… update, forward", "bytes"),
+    ("backward", "… update, backward", "bytes"),
+    ("peak", "… at its peak", "bytes"),
+    ("peak_in", "… which is in the", "{}"),
+]
 SHARDS = {"accumulate": "microbatches", "shards": "shards", "expert_shards": "expert shards"}
 SPANS = {"train": "training step", "prefill": "reading the prompts", "decode": "one token a row"}
 UNITS = {"bytes": "B", "flops": "FLOP"}
@@ -68,7 +85,7 @@ def plan_models(names: list[str], ask: Question, as_json: bool, plot: Path | Non
     for device in ask.hardware:
         find_device(device)  # a wrong name is said before anything is printed
     models = {name: find_model(name) for name in names}
-    rows = [price(Path(name).name or name, model, ask, find_training(name)) for name, model in models.items()]
+    rows = [price_all(name, model, ask) for name, model in models.items()]
     if plot is not None:
         draw(models, ask, plot)
     if as_json:
@@ -90,6 +107,13 @@ def plan_models(names: list[str], ask: Question, as_json: bool, plot: Path | Non
             continue
         table.add_row(label, *(show((row["training"] | {"step": in_words(row["training"])})[key], how) for row in rows))
     console.print(table)
+    heads, lines = rl_columns(rows)
+    if lines:
+        table = Table("", *heads, box=None)
+        for line in lines:
+            table.add_row(*line)
+        console.print()
+        console.print(table)
     if ask.hardware:
         found = [(row["name"], limits) for row in rows for limits in row["hardware"]]
         table = Table("", *(f"{name}\n{limits['device']}" for name, limits in found), box=None)
@@ -111,6 +135,26 @@ def plan_models(names: list[str], ask: Question, as_json: bool, plot: Path | Non
     for row in rows:
         for note in row["notes"]:
             console.print(f"{row['name']}: {note}", style="dim", highlight=False)
+
+
+def price_all(name: str, model: Described, ask: Question) -> dict[str, Any]:
+    """`price`, and each stage of RL that the file holds as `rl`."""
+    row = price(Path(name).name or name, model, ask, find_training(name))
+    stages, notes = plan_rl(name)
+    row["notes"] += notes
+    return row | ({"rl": stages} if stages else {})
+
+
+def rl_columns(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Heads and lines of a table with a column for each stage of RL; no lines where there is none."""
+    stages = [(row["name"], label, said) for row in rows for label, said in row.get("rl", {}).items()]
+    heads = [name if Path(name).stem == label else f"{name}\n{label}" for name, label, _ in stages]
+    cells = [
+        said | said["update"] | {"sampled": f"{said['at_once']:,} × {said['slots']:,}", "step": in_words(said)}
+        for _, _, said in stages
+    ]
+    told = [(key, label, how) for key, label, how in RL if any(cell[key] for cell in cells)]
+    return heads, [[label, *(show(cell[key], how) for cell in cells)] for key, label, how in told]
 
 
 def in_words(step: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from pydantic import Field
 from trivet.engine import Engine, EngineModel
 from trivet.hub.checkpoint import load_pair
 from trivet.messages import Score
+from trivet.rl.endpoint import Endpoint
 from trivet.rl.judge import JudgeConfig, judge_term
 from trivet.rl.preference import load_reward_model, score
 from trivet.rl.rewards import TERMS, Row
@@ -33,6 +34,9 @@ def known_rewards(find: Callable[[str], Path], device: torch.device) -> Mapping[
     """`TERMS` and those whose model `find` gives the directory of."""
 
     def judge(config: JudgeConfig) -> Term:
+        if config.server is not None:
+            endpoint = Endpoint("judge.server", config.server, config.model)
+            return judge_term(config, endpoint, endpoint.run)
         model, chat = load_pair(find(config.model), device, torch.float32)
         answerer = EngineModel(Engine(model.eval(), chat, ROWS, model.spec.context_length, device), chat)
         return judge_term(config, answerer, answerer.run)

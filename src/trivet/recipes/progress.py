@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from trivet.recipes.kinds.base import Progress as Report
 from trivet.recipes.stages import Stage
-from trivet.train.loop import RunConfig
+from trivet.train.config import RunConfig
 
 LINE_EVERY = 10.0  # seconds between lines where there is no terminal
 

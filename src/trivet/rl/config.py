@@ -9,8 +9,7 @@ from pydantic import Field, model_validator
 from trivet.config import UserError
 from trivet.rl.objectives import find_objective
 from trivet.spec import Free, Frozen
-from trivet.train.loop import RunConfig
-from trivet.train.offload import Where
+from trivet.train.config import RunConfig, Where
 
 
 class ServerConfig(Frozen):

@@ -32,8 +32,9 @@ from trivet.model.lora import fingerprint
 from trivet.rl.rollout import Attempt, Job, draw_problems, play
 from trivet.rl.update import Packed, pack
 from trivet.tasks import Task
+from trivet.train.config import RunConfig
 from trivet.train.data import stable_hash
-from trivet.train.loop import Loop, Progress, RunConfig, identity_of
+from trivet.train.loop import Loop, Progress, identity_of
 from trivet.train.losses import CHUNK
 from trivet.train.optim import Optimizer, clip, schedule
 

@@ -54,7 +54,8 @@ from trivet.agent.loop import Row
 from trivet.config import UserError
 from trivet.model import Routing, Transformer
 from trivet.rl.config import RLConfig
-from trivet.rl.objectives import Objective, Totals, policy_loss
+from trivet.rl.loss import Totals, policy_loss
+from trivet.rl.objectives import Objective
 from trivet.rl.precision import head_products, products
 from trivet.rl.reference import Reference
 from trivet.rl.update import Packed, deal, pack

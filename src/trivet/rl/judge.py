@@ -3,7 +3,7 @@
     value = (score - low) / (high - low)  in [0, 1]
 
 A judge whose answer holds no score, or one outside of low..high, is "unparsed"; one that did not answer is an
-"error". The model is any ChatModel: a local engine, later an endpoint. The question and the answer are data to
+"error", or a "timeout" where it was too slow. The model is any ChatModel: a local engine, or a server (`endpoint`). The question and the answer are data to
 it, but a policy may learn to talk to it: look at what it rewards.
 """
 
@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from trivet.messages import ChatModel, Message, Sampling, Score, StopReason
+from trivet.rl.endpoint import EndpointConfig
 from trivet.rl.terms import Case, Term
 from trivet.spec import Frozen
 
@@ -38,7 +39,8 @@ Run = Callable[[Sequence[Coroutine[Any, Any, Message]]], Sequence[Message | Base
 
 class JudgeConfig(Frozen):
     name: Literal["judge"] = "judge"
-    model: str = Field(description="stage or model directory of the judge")
+    model: str = Field(description="stage or model directory of the judge; with `server`: its name there")
+    server: EndpointConfig | None = Field(default=None, description="a server that speaks OpenAI's chat completions")
     template: str = Field(default=TEMPLATE, description="what it is asked: {question}, {reference}, {answer}")
     pattern: str = Field(
         default=r"(?i)score\W{0,5}(-?\d+(?:\.\d+)?)", description="its last match's group 1 is the score"
@@ -56,6 +58,8 @@ class JudgeConfig(Frozen):
             raise ValueError("the template never shows {answer}")
         if re.compile(self.pattern).groups < 1:
             raise ValueError(f"pattern {self.pattern!r} has no group")
+        if self.server is not None and "thinking" in self.model_fields_set:
+            raise ValueError("servers differ in how they are told to think: leave `thinking` out, see server.body")
         return self
 
 
@@ -89,14 +93,17 @@ def question(config: JudgeConfig, case: Case) -> str:
 
 def verdict(config: JudgeConfig, answer: Message | BaseException) -> Score:
     if isinstance(answer, BaseException):
-        return Score(0.0, "error", detail=f"judge: {type(answer).__name__}: {answer}")
+        status: Literal["timeout", "error"] = "timeout" if isinstance(answer, TimeoutError) else "error"
+        return Score(0.0, status, detail=f"judge: {type(answer).__name__}: {answer}")
     done = answer.completion
     if done is not None and done.stop in (StopReason.ERROR, StopReason.CANCELLED):
         return Score(0.0, "error", detail=f"judge: {done.error or done.stop}")
-    found = re.findall(config.pattern, answer.content)
-    given = found[-1] if found else None
+    *_, found = (None, *re.finditer(config.pattern, answer.content))
+    cut = done is not None and done.stop is StopReason.LENGTH
+    if cut and found is not None and found.end() == len(answer.content):  # "Score: 1" may have become 10
+        return Score(0.0, "unparsed", detail=f"judge was cut off in its score: {answer.content[-80:]!r}")
     try:
-        score = float(given[0] if isinstance(given, tuple) else given or "none")
+        score = float((found and found[1]) or "none")
     except ValueError:
         return Score(0.0, "unparsed", detail=f"judge wrote no score: {answer.content[-80:]!r}")
     if not config.low <= score <= config.high:

@@ -38,7 +38,8 @@ from trivet.rl.ahead import Ahead
 from trivet.rl.climb import climb, set_standings, standings
 from trivet.rl.config import RLConfig
 from trivet.rl.epochs import Updates
-from trivet.rl.objectives import advantages, find_objective
+from trivet.rl.loss import advantages
+from trivet.rl.objectives import find_objective
 from trivet.rl.page import LINES, describe_episode
 from trivet.rl.rewards import Reward
 from trivet.rl.rollout import Attempt

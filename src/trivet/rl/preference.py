@@ -35,8 +35,9 @@ from trivet.messages import Message
 from trivet.model import Transformer, save_model
 from trivet.model.io import save_tensors
 from trivet.tasks.base import shuffled
+from trivet.train.config import RunConfig
 from trivet.train.data import IGNORE, Document, first_fit, lay_out, stable_hash
-from trivet.train.loop import Loop, Progress, RunConfig, identity_of
+from trivet.train.loop import Loop, Progress, identity_of
 from trivet.train.optim import Optimizer, clip, schedule
 
 HEAD, STANDARD = "reward_head.safetensors", "reward.json"

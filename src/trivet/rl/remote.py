@@ -28,7 +28,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import math
-import os
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -51,6 +50,7 @@ from trivet.hub.write import differences
 from trivet.messages import Completion, Message, Sampling, StopReason, ToolSpec
 from trivet.model import Transformer
 from trivet.model.lora import adapter_parameters, merge
+from trivet.rl.client import Client, Failed
 from trivet.rl.config import RLConfig, ServerConfig
 from trivet.rl.rewards import Reward
 from trivet.rl.rollout import Attempt, Job, begin, grade_all
@@ -59,13 +59,7 @@ from trivet.tasks import Task
 from trivet.train.data import stable_hash
 
 ASKED = {"temperature", "seed", "max_tokens", "thinking", "budget_for", "answer_reserve", "keep_sets"}
-WAITS = (0.5, 2.0, 8.0, 0.0)  # seconds after each try that failed
-CONNECT = 10.0  # seconds
 SEEDS = 2**31  # that every server takes
-
-
-class Failed(Exception):
-    """The server could not answer this request; another one it may."""
 
 
 @dataclass(frozen=True)
@@ -78,54 +72,12 @@ class Piece:
 
 
 # ---------------------------------------------------------------------------------------- the server
-class Server:
-    """The HTTP side. To be opened (`async with`) inside the event loop that uses it."""
+class Server(Client):
+    """The HTTP side."""
 
     def __init__(self, config: ServerConfig, connections: int) -> None:
-        try:
-            import httpx2
-        except ImportError:
-            raise UserError("rl.server needs httpx2: pip install 'trivet[remote]'") from None
-        self.config, self.http, self.name, self.connections = config, httpx2, config.model, connections
-        self.failed = 0  # requests, each of which was tried again
-
-    async def __aenter__(self) -> Server:
-        c, headers = self.config, {}
-        if c.key is not None:
-            if c.key not in os.environ:
-                raise UserError(f"rl.server.key: there is no environment variable {c.key!r}.")
-            headers["Authorization"] = f"Bearer {os.environ[c.key]}"
-        limits = self.http.Limits(max_connections=self.connections)
-        self.client = self.http.AsyncClient(
-            base_url=c.url.rstrip("/"), headers=headers, timeout=self.http.Timeout(c.seconds, connect=CONNECT, pool=None),
-            limits=limits,
-        )  # fmt: skip
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.client.aclose()
-
-    async def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The answer's JSON, None where it has none. Raises UserError for what it refuses, Failed for what failed."""
-        for wait in WAITS:
-            try:
-                answer = await self.client.request(method, path, json=body)
-            except self.http.HTTPError as e:
-                failed = f"{type(e).__name__}: {e}"
-            else:
-                if answer.status_code < 500 and answer.status_code != 429:
-                    break
-                failed = f"{answer.status_code}: {answer.text[:300]}"
-            self.failed += 1
-            await asyncio.sleep(wait)
-        else:
-            raise Failed(f"{self.config.url}{path}: {failed}")
-        if answer.status_code >= 400:
-            raise UserError(f"{self.config.url}{path} refused: {answer.status_code}: {answer.text[:300]}")
-        try:
-            return answer.json() if answer.content else None
-        except ValueError:
-            raise UserError(f"{self.config.url}{path}: the answer is no JSON: {answer.text[:300]}") from None
+        super().__init__("rl.server", config.url, config.key, config.seconds, connections)
+        self.name = config.model
 
     async def find(self) -> None:
         """What the model is called there, where the settings don't say it."""
@@ -156,19 +108,19 @@ class Server:
             choice = answer["choices"][0]
             tokens, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
         except (KeyError, IndexError, TypeError, AttributeError) as e:
-            raise UserError(f"{self.config.url}: the answer is no completion ({type(e).__name__}: {e}).") from None
+            raise UserError(f"{self.url}: the answer is no completion ({type(e).__name__}: {e}).") from None
         if tokens is None:
             raise UserError(
-                f"{self.config.url} returns no token ids (`return_token_ids`), and text is never tokenised again here: "
+                f"{self.url} returns no token ids (`return_token_ids`), and text is never tokenised again here: "
                 "take a server that does, as vLLM does."
             )
         if logprobs is None or len(logprobs) != len(tokens) or None in logprobs:
             raise UserError(
-                f"{self.config.url} returns no log-probability for each of its tokens (`logprobs`), without which "
+                f"{self.url} returns no log-probability for each of its tokens (`logprobs`), without which "
                 "nothing tells how far it is from the trainer: take a server that does, as vLLM does."
             )
         if choice.get("prompt_token_ids", list(prompt)) != list(prompt):
-            raise UserError(f"{self.config.url} changes prompts (it adds or cuts tokens): switch that off.")
+            raise UserError(f"{self.url} changes prompts (it adds or cuts tokens): switch that off.")
         return Piece(list(tokens), [float(p) for p in logprobs], choice.get("finish_reason") == "length")
 
 
@@ -306,16 +258,21 @@ class Remote(Sampler):
             asyncio.run(self._push(path))
         else:
             self._command([part.replace("{path}", str(path)) for part in self.where.push])
-        return lambda jobs: asyncio.run(self._play_all(jobs))
 
-    async def _play_all(self, jobs: Sequence[Job]) -> list[Attempt]:
+        def play_all(jobs: Sequence[Job]) -> list[Attempt]:
+            episodes = asyncio.run(self._play_all(jobs))  # over before the grading, in which a judge has its own loop
+            return [Attempt(*done) for done in zip(jobs, episodes, grade_all(jobs, episodes), strict=True)]
+
+        return play_all
+
+    async def _play_all(self, jobs: Sequence[Job]) -> list[Episode]:
         c = self.config
         async with Server(self.where, c.max_rows) as server:
             await server.find()
             model = RemoteModel(server, self.chat, c.length + 1)
             episodes: list[Episode] = await asyncio.gather(*(begin(model, job, c.max_turns) for job in jobs))
             self.failed += server.failed
-        return [Attempt(*done) for done in zip(jobs, episodes, grade_all(jobs, episodes), strict=True)]
+        return episodes
 
     # --- weights ------------------------------------------------------------------------------------
     @torch.no_grad()

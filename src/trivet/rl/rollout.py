@@ -118,8 +118,9 @@ def begin(
     model: ChatModel, job: Job, max_turns: int, built_in: Callable[[str], Tool] = get_tool
 ) -> Coroutine[Any, Any, Episode]:
     """The episode of a job, to be run."""
-    tools = tools_for(job.task, job.problem, built_in) if job.tools else []
-    return run_episode(model, job.problem.messages, tools, job.sampling, max_turns)
+    world = job.problem.world
+    tools = tools_for(job.task, job.problem, built_in) if job.tools and world is None else []
+    return run_episode(model, job.problem.messages, tools, job.sampling, max_turns, world)
 
 
 def rewarded(attempts: Sequence[Attempt], rewards: Sequence[Reward]) -> list[Attempt]:
@@ -134,7 +135,11 @@ def grade(job: Job, episode: Episode) -> Score:
     for completion in episode.completions:
         if completion.stop in (StopReason.ERROR, StopReason.CANCELLED):
             return Score(0.0, "error", detail=f"generation: {completion.error or completion.stop}")
+    if episode.failure is not None:
+        return episode.failure
     try:
+        if job.problem.world is not None:
+            return job.problem.world.grade(episode.messages)
         return job.task.grade(job.problem, episode.final)
     except Exception as e:  # whatever a user's grader raises is counted, and stops the run if it is frequent
         return Score(0.0, "error", detail=f"grader of {job.task.name!r}: {type(e).__name__}: {e}")

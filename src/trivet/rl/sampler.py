@@ -35,7 +35,7 @@ from trivet.messages import Sampling, StopReason
 from trivet.model import Transformer
 from trivet.rl.carry import Key, Replay, Started, as_recorded
 from trivet.rl.config import RLConfig
-from trivet.rl.objectives import advantages
+from trivet.rl.loss import advantages
 from trivet.rl.precision import sampling_model
 from trivet.rl.rewards import Reward, rewards_of
 from trivet.rl.rollout import Attempt, Job, begin, draw_problems, grade_all, play

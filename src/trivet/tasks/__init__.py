@@ -18,6 +18,7 @@ from trivet.tasks.gym import Gym, GymConfig
 from trivet.tasks.hunt import Hunt, HuntConfig
 from trivet.tasks.jsonl import Dataset, DatasetConfig, Jsonl, JsonlConfig
 from trivet.tasks.search import Search, SearchConfig
+from trivet.tasks.verifiers import Verifiers, VerifiersConfig
 
 TASKS: dict[str, tuple[type[Frozen], Callable[[Any], Task]]] = {
     "chain": (ChainConfig, Chain),
@@ -30,11 +31,13 @@ TASKS: dict[str, tuple[type[Frozen], Callable[[Any], Task]]] = {
     "conversations": (ConversationsConfig, Conversations),
     "code": (CodeConfig, Code),
     "gym": (GymConfig, Gym),
+    "verifiers": (VerifiersConfig, Verifiers),
 }
+SHORT = {"gym": "dataset", "verifiers": "env"}  # gym:NAME is short for name = "gym", dataset = "NAME"
 
 
 def make_task(settings: Mapping[str, Any]) -> Task:
-    """A task from its table in a config: `name` and its own settings; `gym:NAME` is short for a dataset.
+    """A task from its table in a config: `name` and its own settings; `gym:NAME` and `verifiers:NAME` are short.
 
     `curriculum` = true, or a table of `Curriculum`, makes it climb its levels in RL.
 
@@ -42,11 +45,14 @@ def make_task(settings: Mapping[str, Any]) -> Task:
     """
     settings = dict(settings)
     name = str(settings.get("name", ""))
-    if name.startswith("gym:"):
-        settings |= {"name": "gym", "dataset": name.removeprefix("gym:")}
-        name = "gym"
+    kind, colon, rest = name.partition(":")
+    if colon and kind in SHORT:
+        settings |= {"name": kind, SHORT[kind]: rest}
+        name = kind
     if name not in TASKS:
-        raise UserError(f"No task {name!r}; there are {', '.join(TASKS)} and gym:DATASET.{nearest(name, TASKS)}")
+        raise UserError(
+            f"No task {name!r}; there are {', '.join(TASKS)}, gym:DATASET and verifiers:ENV.{nearest(name, TASKS)}"
+        )
     curriculum = settings.pop("curriculum", False)
     schema, build = TASKS[name]
     task = build(validate(settings, schema, f"task {name!r}"))

@@ -1,6 +1,7 @@
 """Graders that may hang or crash run apart: in worker processes with a hard limit of wall-clock time.
 
     grade_apart("trivet.tasks.symbolic:same_math", reference, text)  ->  Score
+    call_apart("module:maker [1, 2]", 3)                             ->  what maker(1, 2)(3) gives, as JSON, or a Score
 
 What a model writes can keep sympy busy for ever (`9**9**9`), and a library's own SIGALRM works only in
 the main thread: in others it fails, and every score becomes a silent 0. So the clock is the parent's.
@@ -62,7 +63,7 @@ class Worker:
         self.send({"load": function})
         self.loading.append(function)
 
-    def ask(self, function: str, args: tuple[Any, ...], seconds: float) -> Score:
+    def ask(self, function: str, args: tuple[Any, ...], seconds: float) -> Any:
         """Raises TimeoutError and _Dead, after which the worker is of no more use."""
         if function not in {*self.loaded, *self.loading}:
             self.load(function)
@@ -75,7 +76,7 @@ class Worker:
         deadline = time.monotonic() + seconds
         self.send({"call": function, "args": args, "seconds": seconds})
         answer = self.receive(deadline)
-        return Score(answer["value"], answer["status"], answer["parts"], answer["detail"])
+        return Score(**answer["score"]) if "score" in answer else answer["value"]
 
     def send(self, request: dict[str, Any]) -> None:
         assert self.process.stdin is not None
@@ -130,13 +131,13 @@ class Pool:
         self._room = threading.Semaphore(size)
         self._lock = threading.Lock()
 
-    def grade(self, function: str, args: tuple[Any, ...], seconds: float) -> Score:
+    def call(self, function: str, args: tuple[Any, ...], seconds: float) -> Any:
         with self._room:
             worker = self._take()
             try:
-                score = worker.ask(function, args, seconds)
+                answer = worker.ask(function, args, seconds)
                 self._give(worker, "graded")
-                return score
+                return answer
             except UserError:  # a library is missing; the worker is well
                 self._give(worker, "refused")
                 raise
@@ -205,9 +206,19 @@ def _forked() -> None:
 os.register_at_fork(after_in_child=_forked)
 
 
-def grade_apart(function: str, *args: Any, seconds: float = SECONDS) -> Score:
-    """`module:function` called with JSON values in a worker; the function returns a Score.
+def call_apart(function: str, *args: Any, seconds: float = SECONDS) -> Any:
+    """`module:function` called with JSON values in a worker: what it returns, JSON or a Score.
 
+    Where it fails, takes too long or dies that is a Score that is not ok. "module:maker [...]" is what the maker
+    returns for these JSON arguments, made once in each worker and not timed with the calls.
     Raises UserError where the function can't be loaded: a library is missing.
     """
-    return pool().grade(function, args, seconds)
+    return pool().call(function, args, seconds)
+
+
+def grade_apart(function: str, *args: Any, seconds: float = SECONDS) -> Score:
+    """`call_apart` of a function that returns a Score."""
+    score = call_apart(function, *args, seconds=seconds)
+    if not isinstance(score, Score):
+        raise TypeError(f"{function} returned no Score but {score!r:.80}")
+    return score

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, Protocol
 
-from trivet.messages import Message, Score
+from trivet.messages import Message, Score, World
 from trivet.tools import Tool, get_tool
 
 Split = Literal["train", "test"]
@@ -27,6 +27,8 @@ class Problem:
 
     `tools` makes the tools of one episode, where they belong to this problem and remember what happened; without it
     the task's tools are the built-in ones of these names. They must say the same after the same calls.
+    `opening` are the turns before the question: a system prompt, examples. `world` answers the model in place of
+    tools, and grades the episode.
     """
 
     id: str
@@ -35,10 +37,12 @@ class Problem:
     level: int = 0
     meta: Mapping[str, Any] = field(default_factory=dict)
     tools: Callable[[], Sequence[Tool]] | None = field(default=None, compare=False)
+    opening: tuple[Message, ...] = ()
+    world: World | None = field(default=None, compare=False)
 
     @property
     def messages(self) -> list[Message]:
-        return [Message("user", self.prompt)]
+        return [*self.opening, Message("user", self.prompt)]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The other side of `apart`: a process that loads functions by name and calls them, one a line.
 
     {"load": "module:function"}                              -> {"raised": null, or why not}
-    {"call": "module:function", "args": [...], "seconds": s} -> the Score as JSON
+    {"load": "module:maker [1, 2]"}                          -> the same: maker(1, 2) gives the function
+    {"call": what was loaded, "args": [...], "seconds": s}   -> {"score": the Score} or {"value": any other JSON}
 
 Whatever a library prints must not mix with the answers, so they have a file descriptor of their own.
 The parent keeps the time; should it be gone, the limit on CPU time ends a worker that hangs.
@@ -30,7 +31,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    functions: dict[str, Callable[..., Score]] = {}
+    functions: dict[str, Callable[..., Any]] = {}
     for line in sys.stdin:
         request = json.loads(line)
         if "load" in request:
@@ -42,12 +43,13 @@ def main() -> None:
         answers.flush()
 
 
-def load(name: str, functions: dict[str, Callable[..., Score]]) -> dict[str, Any]:
+def load(name: str, functions: dict[str, Callable[..., Any]]) -> dict[str, Any]:
     """Import it and, where its module has a WARM_UP, call it once: what is slow the first time is not timed."""
-    module, _, function = name.partition(":")
+    where, _, given = name.partition(" ")
+    module, _, function = where.partition(":")
     try:
         found = importlib.import_module(module)
-        functions[name] = vars(found)[function]
+        functions[name] = vars(found)[function](*json.loads(given)) if given else vars(found)[function]
         example = vars(found).get("WARM_UP", {}).get(function)
         if example is not None:
             functions[name](*example)
@@ -58,14 +60,17 @@ def load(name: str, functions: dict[str, Callable[..., Score]]) -> dict[str, Any
     return {"raised": None}
 
 
-def call(function: Callable[..., Score], args: list[Any]) -> dict[str, Any]:
+def call(function: Callable[..., Any], args: list[Any]) -> dict[str, Any]:
     try:
-        score = function(*args)
+        given = function(*args)
+        if not isinstance(given, Score):
+            json.dumps(given)
+            return {"value": given}
     except Exception as e:  # not ours to judge; whatever it raises must not become a 0
-        score = Score(0.0, "error", detail=f"{type(e).__name__}: {e}"[:1000])
-    if not math.isfinite(score.value):
-        score = Score(0.0, "error", detail=f"not a finite score: {score.value}")
-    return asdict(score)
+        given = Score(0.0, "error", detail=f"{type(e).__name__}: {e}"[:1000])
+    if not math.isfinite(given.value):
+        given = Score(0.0, "error", detail=f"not a finite score: {given.value}")
+    return {"score": asdict(given)}
 
 
 def limit_cpu(seconds: float) -> None:

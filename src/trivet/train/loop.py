@@ -22,30 +22,20 @@ from types import FrameType
 from typing import Any, Self
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from trivet.config import UserError
 from trivet.disk import Journal
 from trivet.model import Transformer
 from trivet.model.lora import adapter_parameters, fingerprint
-from trivet.spec import Free, Frozen
 from trivet.train.checkpoint import load_latest, save_state
+from trivet.train.config import RunConfig
 from trivet.train.data import stable_hash
 from trivet.train.optim import Optimizer
 from trivet.train.parallel import ALONE, Ranks, local
 
 Metrics = Mapping[str, Any]
 Progress = Callable[[dict[str, Any]], None]
-
-
-class RunConfig(Frozen):
-    """What every run of steps is told."""
-
-    steps: int = Field(gt=0, description="optimizer steps of the whole run")
-    seed: int = Field(default=0, description="torch is seeded with (seed, step) at every step")
-    save_every_seconds: Free[float] = Field(default=60.0, ge=0, description="time between saved states")
-    tensorboard: Free[bool] = Field(default=True, description="write TensorBoard event files too")
 
 
 class Interrupted(KeyboardInterrupt):

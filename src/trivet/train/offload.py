@@ -15,15 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from trivet.train.config import Where
 from trivet.train.optim import Optimizer, orthogonalize
 from trivet.train.parallel import Parts, local
 
-Where = Literal["none", "optimizer", "gradients"]
 Groups = Mapping[str, Mapping[str, Tensor]]
 
 

@@ -25,10 +25,11 @@ from trivet.model import Transformer
 from trivet.model.experts import plain_name
 from trivet.model.lora import training_flops_per_token
 from trivet.spec import Free
+from trivet.train.config import RunConfig, Where
 from trivet.train.data import Batch, Documents, PackedBatches, share, stable_hash
-from trivet.train.loop import Loop, Progress, RunConfig, identity_of
+from trivet.train.loop import Loop, Progress, identity_of
 from trivet.train.nested import shortened
-from trivet.train.offload import Where, make_optimizer
+from trivet.train.offload import make_optimizer
 from trivet.train.optim import clip, schedule
 from trivet.train.parallel import clip as clip_parts
 from trivet.train.parallel import divide, ranks_of

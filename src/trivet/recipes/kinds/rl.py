@@ -29,7 +29,8 @@ class RLStage(StageBase):
     rl: RLConfig
 
     def inputs(self) -> set[str]:
-        models = {table["model"] for table in self.rewards if isinstance(table.get("model"), str)}
+        here = [table for table in self.rewards if "server" not in table]
+        models = {table["model"] for table in here if isinstance(table.get("model"), str)}
         return {self.start, *models}
 
     def reseeded(self, seed: int) -> Self:
