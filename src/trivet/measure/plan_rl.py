@@ -55,4 +55,4 @@ def origin(path: Path, stages: dict[str, Table], name: str) -> str | Table:
 def price_rl(spec: ModelSpec, c: RLConfig) -> dict[str, Any]:
     """Bytes on the learner's device, with the settings that they follow from."""
     said = {"at_once": rows_of(c), "slots": c.length + 1, "rows": c.rows, "length": c.length}
-    return said | {"precision": c.precision, "recompute": c.recompute} | rl_memory(spec, c).row()
+    return said | {"precision": c.precision, "recompute": c.recompute, "offload": c.offload} | rl_memory(spec, c).row()
