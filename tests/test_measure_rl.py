@@ -30,11 +30,16 @@ RL = {
     "thinking": "off", "mismatch_limit": 10.0, "share_prompts": False,
 }  # fmt: skip
 MANY = {"problems": 24, "rows": 1, "group": 16}  # whose sampling is the peak
+SHARED = {"share_prompts": True, "problems": 1, "group": 32, "max_tokens": 50, "rows": 10}  # one line, 32 strands
 STEPS: list[tuple[str, dict[str, Any], str]] = [
     ("dense", {}, "update's backward"),
     ("dense", {"precision": "bf16"}, "update's backward"),
     ("mla_moe", {"objective": "grpo", "rows": 4}, "update's forward"),  # in two parts
     ("next", {"recompute": True, "max_tokens": 30}, "update's backward"),
+    ("dense", {**SHARED}, "update's backward"),
+    ("mla_moe", {**SHARED, "length": 150, "max_tokens": 70, "rows": 16}, "update's backward"),
+    ("lightning", {**SHARED}, "update's backward"),
+    ("next", {**SHARED, "max_tokens": 30}, "update's backward"),
     ("dense", {**MANY, "length": 300}, "sampling"),
     ("mla_moe", {**MANY, "temperature": 0.9, "replay": "sampler"}, "sampling"),
     ("lightning", {**MANY, "top_p": 0.9, "max_tokens": 2}, "sampling"),

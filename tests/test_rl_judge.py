@@ -119,7 +119,7 @@ def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:
 
 
 def term(judge: Judge, **more: Any) -> tuple[Reward, ...]:
-    server = {"url": f"http://127.0.0.1:{judge.server_port}/v1", "key": "JUDGE_KEY", "seconds": 1.0, **more}
+    server = {"url": f"http://127.0.0.1:{judge.server_port}/v1", "key": "JUDGE_KEY", "seconds": 20.0, **more}
     table = {"name": "judge", "weight": 0.5, "model": "any", "template": "{answer}", "server": server}
     return make_rewards([table], known_rewards(Path, torch.device("cpu")))
 
@@ -163,7 +163,7 @@ def test_a_servers_opinion_is_the_score(judge: Judge) -> None:
 def test_whatever_the_server_does_the_others_are_graded(
     judge: Judge, what: str, status: str, detail: str, times: int
 ) -> None:
-    one, bad, two = scores(judge, "10", what, "1")
+    one, bad, two = scores(judge, "10", what, "1", seconds=1.0 if status == "timeout" else 20.0)
     assert (one.value, two.value, one.status, two.status) == (1.0, 0.0, "ok", "ok")
     assert (bad.status, bad.value) == (status, 0.0) and detail in bad.detail, bad
     assert [asked["messages"][0]["content"] for asked in judge.asked].count(what) == times

@@ -35,6 +35,9 @@ class Setting(Frozen):
     accumulate: int = Field(default=1, gt=0)
     shards: int = Field(default=1, gt=0)
     expert_shards: int = Field(default=1, gt=0)
+    strands: float = Field(
+        default=1.0, ge=1
+    )  # slots a token where documents branch: what mixes tokens goes strand by strand
     cpu: bool = False  # whose norms and short attention keep more than a GPU's fused kernels
 
     @property
@@ -68,10 +71,22 @@ def plain(heads: int, s: Setting) -> bool:
 
 def _softmax_kept(heads: int, kv_heads: int, keys: int, values: int, s: Setting) -> int:
     """Softmax attention of heads that are `keys` and `values` wide."""
+    if s.strands > 1:
+        return round(s.wide * heads * values + s.strands * _strand_kept(heads, kv_heads, keys, values, s))
     if plain(heads, s) or values > keys:  # no fused kernel has values wider than keys
         return s.wide * (heads + kv_heads) * (keys + values) + s.wide * heads * s.length
     filled = heads * values if values < keys else 0  # values are filled up to the keys' width, and cut again
     return s.wide * (2 * (heads + kv_heads) * keys + filled) + FP32 * heads
+
+
+def _strand_kept(heads: int, kv_heads: int, keys: int, values: int, s: Setting) -> float:
+    """A slot's share of attention over whole strands, which needs no mask, so that short ones are products in fp32 too."""
+    short, block = (512, 128) if s.wide == FP32 else (LONGEST, 256)
+    here = s.wide * (heads * keys + kv_heads * (keys + values))
+    if s.cpu and s.length <= short and s.strands * s.tokens * heads * s.length <= MOST_SCORES:
+        reach = sum(min(i + block, s.length) * min(block, s.length - i) for i in range(0, s.length, block)) / s.length
+        return here + s.wide * heads * reach
+    return here + s.wide * (2 * heads * keys - heads * values) + FP32 * heads
 
 
 def _rotated(dims: int, s: Setting) -> int:
@@ -112,7 +127,7 @@ def _mla_kept(m: MLA, d: int, s: Setting) -> int:
     beside = s.wide if s.wide == FP32 else 0  # the rotated key lies in the same tensor as the latent
     total += norm_kept(m.kv_rank, s) + m.rope.dims * beside
     total += s.wide * (m.kv_rank + m.rope.dims)  # what keys and values are made of
-    if m.v_dim == m.qk_dim and not plain(m.heads, s):
+    if m.v_dim == m.qk_dim and s.strands == 1 and not plain(m.heads, s):
         total += s.wide * m.heads * m.nope_dim  # values stay a part of the product that made them
     return total + _softmax_kept(m.heads, m.heads, m.qk_dim, m.v_dim, s)
 
@@ -125,7 +140,7 @@ def _lightning_kept(m: Lightning, d: int, s: Setting) -> int:
     chunks = FP32 * (6 * width - width * sizes[0] / s.length + 2 * m.heads)
     pairs = sum(n * n for n in sizes) / s.length * (FP32 * m.heads * (1 + 1 / s.rows) + 1)  # weights, decay, mask
     states = FP32 * m.heads * m.head_dim**2 * len(sizes) / s.length
-    return round(_read_by(4, d, s) + products + normed + chunks + pairs + states)
+    return round(_read_by(4, d, s) + products + normed + s.strands * (chunks + pairs + states))
 
 
 def _delta_kept(m: GatedDeltaNet, d: int, s: Setting) -> int:
@@ -134,12 +149,14 @@ def _delta_kept(m: GatedDeltaNet, d: int, s: Setting) -> int:
     chunks = -(-s.length // size)
     filled = chunks * size / s.length
     conv = FP32 * m.conv_width * (m.conv - 1) / s.length + (m.conv + 2) * FP32 * m.conv_width + m.conv  # a mask a shift
+    if s.strands > 1:  # no positions, so no masks
+        conv = 3 * FP32 * m.conv_width
     rates = FP32 * (2 * m.key_heads + 3 * m.heads)  # lengths of q and k, decay, beta
     pairs = size * (FP32 * 5 * m.heads + 1)  # decay, k k^T and q k^T with and without it, documents
     inside = FP32 * (6 * keys + 3 * values + 5 * m.heads) + 2  # k thrice, q twice, of the triangular system, v, u
     states = FP32 * m.heads * m.key_dim * m.value_dim * chunks / s.length
     out = norm_kept(values, s, m.heads) + FP32 * values * (filled - 1) + values * (FP32 + 3 * s.wide)
-    return round(_read_by(6, d, s) + conv + rates + filled * (pairs + inside) + states + out)
+    return round(_read_by(6, d, s) + s.strands * (conv + rates + filled * (pairs + inside) + states) + out)
 
 
 def _dense_kept(f: SwiGLU, d: int, s: Setting) -> int:
@@ -165,11 +182,13 @@ KEPT: dict[str, Callable[..., int]] = {  # bytes a token that autograd keeps, it
 
 
 # ------------------------------------------------------------------------------------------- live at once
-BUSY: dict[str, Callable[..., int]] = {
-    "gqa": lambda m, d, s: s.wide * 4 * m.heads * m.head_dim,
-    "mla": lambda m, d, s: s.wide * 5 * m.heads * m.qk_dim,
-    "lightning": lambda m, d, s: FP32 * 6 * m.heads * m.head_dim,
-    "delta": lambda m, d, s: FP32 * m.heads * (3 * m.key_dim + 2 * m.value_dim + 2 * min(DELTA_CHUNK, s.length)),
+BUSY: dict[str, Callable[..., float]] = {
+    "gqa": lambda m, d, s: s.strands * s.wide * 4 * m.heads * m.head_dim,
+    "mla": lambda m, d, s: s.strands * s.wide * 5 * m.heads * m.qk_dim,
+    "lightning": lambda m, d, s: s.strands * FP32 * 6 * m.heads * m.head_dim,
+    "delta": lambda m, d, s: (
+        s.strands * FP32 * m.heads * (3 * m.key_dim + 2 * m.value_dim + 2 * min(DELTA_CHUNK, s.length))
+    ),
     "swiglu": lambda f, d, s: s.wide * 3 * f.hidden,
     "moe": lambda f, d, s: s.wide * f.top_k * (3 * f.hidden + d),
 }

@@ -146,7 +146,7 @@ def _masks(spec: ModelSpec, s: Setting) -> int:
         if any(isinstance(m, MLA) and m.v_dim <= m.qk_dim and not plain(m.heads, s) for m in mixers):
             windows.add(None)
         total += len(windows)
-    return total * s.tokens * s.length * s.wide
+    return 0 if s.strands > 1 else total * s.tokens * s.length * s.wide
 
 
 def layer_kept(layer: LayerSpec, d: int, s: Setting) -> int:

@@ -16,6 +16,7 @@ their memory is not the learner's), what evaluation takes, adapters.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 from trivet.measure.activations import FP32, LIVE, Setting
@@ -84,11 +85,16 @@ def rl_memory(spec: ModelSpec, c: RLConfig, cpu: bool = False) -> Learning:
 
 
 def setting(c: RLConfig, cpu: bool) -> Setting:
-    """The update as a training step. accumulate: whether gradients wait for more parts of a minibatch."""
-    parts = -(-c.problems * c.group // (c.minibatches * c.rows))
+    """The update as a training step. accumulate: whether gradients wait for more parts of a minibatch.
+
+    A group that shares its prompt is strands of `length` on fewer tokens, and a microbatch takes as many more of them.
+    """
+    prompt, room = prompt_of(c), c.rows * c.length
+    group = prompt + c.group * (c.length - prompt) if c.share_prompts else c.group * c.length
+    batch = group * c.problems / c.minibatches
     return Setting(
-        rows=c.rows, length=c.length, precision=c.precision, recompute=c.recompute, accumulate=parts, cpu=cpu,
-        offload=c.offload,
+        rows=max(1, round(min(room, batch) / c.length)), length=c.length, precision=c.precision, recompute=c.recompute,
+        accumulate=math.ceil(batch / room), cpu=cpu, offload=c.offload, strands=c.group * c.length / group,
     )  # fmt: skip
 
 
@@ -174,7 +180,7 @@ def live(spec: ModelSpec, s: Setting) -> int:
 def update(spec: ModelSpec, c: RLConfig, s: Setting, still: float, weights: float) -> tuple[int, int]:
     """The ends of the forward pass and the worst of the backward pass, of one part of a minibatch."""
     plain = spec.model_copy(update={"mtp": 0})
-    said = s.rows * min(c.max_tokens, c.length)  # tokens that the model wrote
+    said = round(s.strands * s.rows * min(c.max_tokens, c.length))  # tokens that the model wrote
     table, states = spec.vocab_size * spec.d_model, said * spec.d_model
     kept = forward_kept(plain, s) + FP32 * states  # which are picked out
     if s.wide < FP32 and not c.fp32_head:
