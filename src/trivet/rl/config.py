@@ -87,6 +87,11 @@ class RLConfig(RunConfig):
     rows: int = Field(default=16, gt=0, description="rows of a microbatch of the update")
     length: int = Field(default=256, gt=0, description="token slots of a row; the longest episode that fits")
     recompute: Free[bool] = Field(default=False, description="activation checkpointing in the update, see TrainConfig")
+    shards: Free[int] = Field(
+        default=1,
+        ge=0,
+        description="processes that divide the policy (FSDP); 1: each holds all of it; 0: as many as there are",
+    )
     offload: Free[Where] = Field(default="none", description="optimizer or gradients in host memory, see TrainConfig")
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="of products, in sampler and update; weights and optimizer stay fp32"
