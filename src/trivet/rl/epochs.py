@@ -207,9 +207,9 @@ class Updates:
 
     def clip(self) -> Tensor:
         named, parts = self.optimizer.named(), self.optimizer.parts
-        return (
-            clip_parts(named, parts, self.ranks, self.config.clip) if parts else clip(named.values(), self.config.clip)
-        )
+        if parts:
+            return clip_parts(named, parts, self.ranks, self.config.clip)
+        return clip(named.values(), self.config.clip)
 
     def minibatch(self, rows: Sequence[Row], which: Sequence[int], advantage: Tensor) -> Minibatch:
         """This process's share of it, and what it holds as a whole."""

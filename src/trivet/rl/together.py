@@ -7,8 +7,7 @@
     all       add up their gradients and take the same optimizer step; the first one logs and saves
 
 A job brings its seed and the engine gives it the same tokens in any batch, so who plays it changes nothing. Divisors are
-those of the whole minibatch, so gradients are summed, never averaged. A saved state is one of a single process, and any
-number of them goes on from it.
+those of the whole minibatch, so gradients are summed, never averaged. Any number of processes goes on from a saved state.
 
 `rl.shards` processes may divide the policy, its gradients and its optimizer (FSDP, `train/parallel.py`). While episodes are
 played each holds a whole copy, as it does of a KL term's reference. Of a divided policy every pass is one of all processes,
@@ -69,9 +68,8 @@ class Together(Sampler):
 
         def play_all(jobs: Sequence[Job]) -> list[Attempt]:
             """Attempts at all jobs, in their order. What stops one process stops all."""
-            mine = [
-                job for i, job in enumerate(jobs) if i // c.group % world == self.ranks.rank
-            ]  # groups share prompts
+            owner = [i // c.group % world for i in range(len(jobs))]  # of whole groups, which share their prompts
+            mine = [job for job, rank in zip(jobs, owner, strict=True) if rank == self.ranks.rank]
             played: Played | UserError
             try:
                 played = [(a.episode, a.score) for a in play(engine, mine, c.max_turns)]
@@ -82,6 +80,6 @@ class Together(Sampler):
                 if isinstance(share, UserError):
                     raise share
                 shares.append(iter(share))
-            return [Attempt(job, *next(shares[i // c.group % world])) for i, job in enumerate(jobs)]
+            return [Attempt(job, *next(shares[rank])) for job, rank in zip(jobs, owner, strict=True)]
 
         return play_all

@@ -45,9 +45,8 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
-PATIENCE = timedelta(
-    days=1
-)  # for a process that plays longer, or does alone what can't be shared out; a dead one is noticed at once
+# For one that plays longer than the others, or does alone what can't be shared out. One that died is noticed at once.
+PATIENCE = timedelta(days=1)
 
 
 @contextmanager
@@ -159,9 +158,9 @@ def ranks_of(shards: int, expert_shards: int, of: str = "train") -> Ranks:
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     block = max(shards, 1) * expert_shards
     if world % block:
-        experts = f" and {of}.expert_shards = {expert_shards}" if expert_shards > 1 or of == "train" else ""
+        experts = f" and {of}.expert_shards = {expert_shards} need" if of == "train" else " needs"
         started = f"{world} processes were started" if world > 1 else "one process was started (torchrun starts more)"
-        raise UserError(f"{of}.shards = {shards}{experts} need a multiple of {block} processes; {started}.")
+        raise UserError(f"{of}.shards = {shards}{experts} a multiple of {block} processes; {started}.")
     return Ranks(rank, world, shards or world // expert_shards, expert_shards)
 
 
@@ -275,10 +274,9 @@ def check_experts(model: Transformer, ranks: Ranks) -> None:
 
 @torch.no_grad()
 def gathered(model: Transformer, everywhere: bool = False) -> Transformer | None:
-    """The whole model on the first process or everywhere, None on the others; a model that is not divided as it is.
-
-    It is in host memory.
-    """
+    """The whole model, in host memory, on the first process or everywhere, None on the others; one that is not divided as it is."""
+    if not dist.is_initialized():
+        return model
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
