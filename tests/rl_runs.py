@@ -21,7 +21,7 @@ from trivet.rl.learner import learn
 from trivet.rl.rewards import make_rewards
 from trivet.tasks import Problem
 from trivet.train.loop import Interrupted
-from trivet.train.parallel import Ranks, processes
+from trivet.train.parallel import Ranks, gathered, local, processes
 
 REWARDS = [{"name": "length", "weight": 0.2, "limit": 30}]  # each process adds it to what it played
 BASE = {
@@ -91,11 +91,14 @@ def run(out: Path, case: str, settings: dict[str, Any], breaks: str, stop_at: in
         with processes(torch.device("cpu")) as device:
             model = model_of(case)
             learn(model, CHAT, [(task, 1.0), (Digits(), 1.0)], config(**settings), out, rewards=rewards, device=device)
+            (out / f"held-{rank}").write_text(str(sum(local(p).numel() for p in model.parameters())))
+            whole = gathered(model, everywhere=True)
     except (Interrupted, UserError) as e:
         out.mkdir(parents=True, exist_ok=True)
         (out / f"ended-{rank}").write_text(str(e))
         return
-    save_file({n: t.contiguous() for n, t in model.state_dict().items()}, out / f"whole-{rank}.safetensors")
+    assert whole is not None
+    save_file({n: t.contiguous() for n, t in whole.state_dict().items()}, out / f"whole-{rank}.safetensors")
 
 
 if __name__ == "__main__":

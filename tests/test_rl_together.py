@@ -26,7 +26,10 @@ STOPPED = {"save_every_seconds": 0}
 EQUAL: list[Job] = [
     *((f"{case}-2", case, 2, {}, {}) for case in CASES),
     ("moe-offload", "moe", 2, {"offload": "gradients"}, {}),
-    *((f"{case}-4", case, 4, {}, {}) for case in ("dense", "moe", "lora")),  # lora: two groups, so two play nothing
+    ("dense-sharded", "dense", 2, {"shards": 2}, {}),
+    ("moe-sharded", "moe", 4, {"shards": 2, "offload": "gradients", "recompute": True}, {}),  # two replicas
+    ("lora-sharded", "lora", 4, {"shards": 0}, {}),
+    *((f"{case}-4", case, 4, {}, {}) for case in ("moe", "lora")),  # lora: two groups, so two play nothing
 ]
 JOBS: list[Job] = [
     *((case, case, 1, {}, {}) for case in CASES),
@@ -39,6 +42,10 @@ JOBS: list[Job] = [
     ("again-1", "moe", 1, {}, {"goes_on": "stopped"}),
     ("stopped-1", "lora", 1, STOPPED, {"stop_at": 2}),
     ("again-1-2", "lora", 2, {}, {"goes_on": "stopped-1"}),
+    ("stopped-sharded", "moe", 4, STOPPED | {"shards": 4}, {"stop_at": 4}),
+    ("sharded-again", "moe", 2, {}, {"goes_on": "stopped-sharded"}),
+    ("bad-shards", "dense", 2, {"shards": 4}, {}),
+    ("bad-reference", "lora", 2, {"shards": 2, "objective": "grpo"}, {}),
     ("killed", "dense", 2, STOPPED, {"breaks": "killed", "stop_at": 4}),
     ("killed-again", "dense", 2, {}, {"goes_on": "killed"}),
     ("player", "dense", 2, {}, {"breaks": "player"}),
@@ -100,6 +107,12 @@ def test_all_processes_end_with_the_same_bits(runs: Path) -> None:
         check_equal(runs / "moe-4", runs / "moe-4", 0, f"whole-{rank}")
 
 
+def test_a_divided_policy_is_held_in_parts(runs: Path) -> None:
+    for name, of in (("dense", 1), ("dense-2", 1), ("dense-sharded", 2), ("moe-sharded", 2), ("lora-sharded", 4)):
+        whole = sum(p.numel() for p in model_of(name.partition("-")[0]).parameters())
+        assert int((runs / name / "held-0").read_text()) == pytest.approx(whole / of, rel=0.05), name
+
+
 def test_a_mean_of_gradients_is_noticed(runs: Path) -> None:
     assert episodes(runs / "mean", 1) == episodes(runs / "dense", 1)
     with pytest.raises(AssertionError):
@@ -138,7 +151,9 @@ def test_as_many_processes_go_on_to_the_same_bits(runs: Path) -> None:
     check_equal(runs / "killed-again", runs / "dense-2", 0)
 
 
-@pytest.mark.parametrize(("name", "want"), [("again-4", "moe"), ("again-1", "moe"), ("again-1-2", "lora")])
+@pytest.mark.parametrize(
+    ("name", "want"), [("again-4", "moe"), ("again-1", "moe"), ("again-1-2", "lora"), ("sharded-again", "moe")]
+)
 def test_other_numbers_of_processes_go_on_too(runs: Path, name: str, want: str) -> None:
     check_equal(runs / name, runs / want, 1e-5)
 
@@ -152,6 +167,14 @@ def test_a_killed_process_leaves_nobody_waiting(runs: Path) -> None:
 
 def test_what_stops_one_player_stops_all_with_its_sentence(runs: Path) -> None:
     assert {(runs / "player" / f"ended-{rank}").read_text() for rank in range(2)} == {"this process has no room"}
+
+
+def test_what_cannot_be_divided_is_said(runs: Path) -> None:
+    assert (
+        "rl.shards = 4 needs a multiple of 4 processes; 2 processes were"
+        in (runs / "bad-shards" / "ended-1").read_text()
+    )
+    assert "the reference of grpo's KL term" in (runs / "bad-reference" / "ended-1").read_text()
 
 
 @pytest.mark.parametrize("name", ["lag", "partial", "workers", "server"])

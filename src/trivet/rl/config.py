@@ -87,6 +87,11 @@ class RLConfig(RunConfig):
     length: int = Field(default=256, gt=0, description="tokens of the longest episode")
     share_prompts: bool = Field(default=True, description="compute a group's prompt once in the update, see update.py")
     recompute: Free[bool] = Field(default=False, description="activation checkpointing in the update, see TrainConfig")
+    shards: Free[int] = Field(
+        default=1,
+        ge=0,
+        description="processes that divide the policy (FSDP); 1: each holds all of it; 0: as many as there are",
+    )
     offload: Free[Where] = Field(default="none", description="optimizer or gradients in host memory, see TrainConfig")
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="of products, in sampler and update; weights and optimizer stay fp32"

@@ -62,6 +62,7 @@ from trivet.rl.update import Packed, deal, pack
 from trivet.train.losses import token_logprobs
 from trivet.train.optim import Optimizer, clip, schedule
 from trivet.train.parallel import ALONE, Ranks
+from trivet.train.parallel import clip as clip_parts
 
 
 @dataclass
@@ -71,6 +72,7 @@ class Minibatch:
     parts: list[Packed]
     advantage: Tensor
     totals: Totals
+    idle: list[Packed] = field(default_factory=list)  # to go along with the other processes: see together.py
 
 
 @dataclass
@@ -153,15 +155,14 @@ class Sums:
 
 
 class Updates:
-    """Learns from batches. To be made before a stored state is applied: see Reference."""
+    """Learns from batches. reference: of a KL term."""
 
     def __init__(
-        self, model: Transformer, objective: Objective, optimizer: Optimizer, config: RLConfig,
-        device: torch.device | str, ranks: Ranks = ALONE,
+        self, model: Transformer, reference: Reference | None, objective: Objective, optimizer: Optimizer,
+        config: RLConfig, device: torch.device | str, ranks: Ranks = ALONE,
     ):  # fmt: skip
-        self.model, self.objective, self.optimizer, self.config = model, objective, optimizer, config
-        self.device, self.ranks = torch.device(device), ranks
-        self.reference = Reference(model) if objective.kl > 0 else None
+        self.model, self.reference, self.objective = model, reference, objective
+        self.optimizer, self.config, self.device, self.ranks = optimizer, config, torch.device(device), ranks
 
     def learn_from(self, rows: Sequence[Row], advantage: Tensor, step: int) -> dict[str, Any]:
         """All optimizer steps on a batch. Metrics are means over the first epoch's, the last ratio and clip share.
@@ -176,7 +177,7 @@ class Updates:
         values: dict[str, Any] = {}
         for update in range(c.epochs * len(batches)):
             done, seen = self.summed(self.backward(batches[update % len(batches)], mine), mine)
-            norm = clip(self.optimizer.parameters(), c.clip).item()
+            norm = self.clip().item()
             result = {key: value.item() for key, value in done.metrics.items()} | {"grad_norm": norm}
             if not all(math.isfinite(v) for v in (*result.values(), *seen.metrics.values())):
                 raise UserError(
@@ -200,9 +201,16 @@ class Updates:
     def summed(self, done: Sums, seen: Seen) -> tuple[Sums, Seen]:
         """Add up the processes' shares of a minibatch: its gradients, in place, and what was measured."""
         self.optimizer.collect_gradients()
-        self.ranks.sum_gradients(self.optimizer.parameters())
+        if not self.optimizer.parts:  # else FSDP did
+            self.ranks.sum_gradients(self.optimizer.parameters())
         sums, sights = zip(*self.ranks.gather((done.cpu(), seen)), strict=True)
         return Sums.over(sums), Seen.over(sights)
+
+    def clip(self) -> Tensor:
+        named, parts = self.optimizer.named(), self.optimizer.parts
+        if parts:
+            return clip_parts(named, parts, self.ranks, self.config.clip)
+        return clip(named.values(), self.config.clip)
 
     def minibatch(self, rows: Sequence[Row], which: Sequence[int], advantage: Tensor) -> Minibatch:
         """This process's share of it, and what it holds as a whole."""
@@ -210,7 +218,11 @@ class Updates:
         parts = pack(chosen, c.rows, c.length, c.share_prompts, self.ranks.rank, self.ranks.world)
         parts = [part.to(self.device) for part in parts]
         totals = Totals(sum(sum(row.trained) for row in chosen), len(which))
-        return Minibatch(parts, advantage[list(which)].to(self.device), totals)
+        batch = Minibatch(parts, advantage[list(which)].to(self.device), totals)
+        if self.optimizer.parts:  # of the first process, which has the most
+            turns = len(pack(chosen, c.rows, c.length, 0, self.ranks.world)) - len(parts)
+            batch.idle = [part.to(self.device) for part in pack(chosen[:1], 1, c.length)] * turns
+        return batch
 
     @torch.no_grad()
     def look(self, batch: Minibatch, seen: Seen) -> None:
@@ -218,6 +230,8 @@ class Updates:
         for part in batch.parts:
             routing = Routing(replay=part.experts)
             self.note(part, self.logprobs(self.model, part, routing)[0], routing, seen)
+        for part in batch.idle:
+            self.logprobs(self.model, part, Routing())
 
     def note(self, part: Packed, logp: Tensor, routing: Routing, seen: Seen) -> None:
         """Keep what the first forward pass over a part gave, for later updates."""
@@ -251,6 +265,8 @@ class Updates:
                 fresh = (logp.detach() - part.old)[~part.stale].abs()
                 metrics["ratio_max_abs_log"] = fresh.amax() if len(fresh) else fresh.new_zeros(())
             done.add(metrics | {"loss": loss.detach()}, routing.loads)
+        for part in batch.idle:
+            (0 * self.logprobs(self.model, part, Routing())[0].sum()).backward()
         return done
 
     def logprobs(self, model: Transformer | Reference, part: Packed, routing: Routing) -> tuple[Tensor, Tensor]:

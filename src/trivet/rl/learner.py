@@ -41,6 +41,7 @@ from trivet.rl.epochs import Updates
 from trivet.rl.loss import advantages
 from trivet.rl.objectives import find_objective
 from trivet.rl.page import LINES, describe_episode
+from trivet.rl.reference import Reference
 from trivet.rl.rewards import Reward
 from trivet.rl.rollout import Attempt
 from trivet.rl.sampler import Sampler, graded
@@ -51,7 +52,7 @@ from trivet.rl.update import pack
 from trivet.tasks import Task
 from trivet.train.loop import Loop, Progress, identity_of
 from trivet.train.offload import make_optimizer
-from trivet.train.parallel import ranks_of
+from trivet.train.parallel import divide, ranks_of
 
 TIMES = (  # metrics that differ from run to run
     "seconds", "seconds_generating", "seconds_training", "tokens_per_second", "training_tokens_per_second",
@@ -72,8 +73,8 @@ def learn(
 ) -> dict[str, Any]:
     """Train `model` in place and return the last metrics. Resumes from `out`/resume if it is there.
 
-    In a group of processes (`parallel.processes`) all call this; all end with the same model. `progress` is called in
-    the first one only. `model` holds the starting weights, also on resume: they are the reference of a KL term.
+    In a group of processes (`parallel.processes`) all call this, and all end with the same model, which `parallel.gathered`
+    makes whole where `shards` divided it. `progress` is called in the first one only. `model` holds the starting weights, also on resume: they are the reference of a KL term.
     `rewards` are added to what the tasks give. `evaluate` must not depend on anything but the model. Raises Interrupted on Ctrl-C or SIGTERM,
     UserError where too many answers can't be graded, or where engine and trainer disagree.
     """
@@ -102,14 +103,21 @@ class _Run:
             raise UserError(
                 f"rl.length ({config.length}) exceeds the model's context_length ({model.spec.context_length})."
             )
-        self.optimizer = make_optimizer(
-            config.offload, model.optimizer_groups(), config.muon_lr, config.adam_lr, config.weight_decay
-        )
-        self.ranks = ranks_of(1, 1)
-        self.updates = Updates(model, self.objective, self.optimizer, config, device, self.ranks)
+        self.ranks = ranks_of(config.shards, 1, "rl")
         identity = {
             "rl": config.identity(), **identity_of(model), "tasks": [[task.name, weight] for task, weight in tasks],
         }  # fmt: skip
+        reference = Reference(model) if self.objective.kl > 0 else None  # before the model is divided, or goes on
+        if reference is not None and reference.adapters and self.ranks.shards > 1:
+            raise UserError(
+                f"rl.shards = {self.ranks.shards} divides the base of the adapters, which is the reference of {config.objective}'s "
+                "KL term, too: let shards be 1, or take an objective without one."
+            )
+        parts = divide(model, self.ranks, torch.device(device)) if self.ranks.shards > 1 else {}
+        self.optimizer = make_optimizer(
+            config.offload, model.optimizer_groups(), config.muon_lr, config.adam_lr, config.weight_decay, parts
+        )
+        self.updates = Updates(model, reference, self.objective, self.optimizer, config, device, self.ranks)
         if rewards:
             identity["rewards"] = [[reward.label, reward.weight] for reward in rewards]
         self.sampler: Sampler | Ahead
@@ -134,7 +142,8 @@ class _Run:
         self.check_graded(attempts, values, step)
         values |= climb(self.tasks, attempts)
         sequences, advantage, values["no_spread"] = self.choose(attempts)
-        if self.ranks.first and self.config.page_every and (step + 1) % self.config.page_every == 0:
+        page_due = self.config.page_every and (step + 1) % self.config.page_every == 0
+        if page_due and (self.ranks.first or self.optimizer.parts):  # a divided policy's passes are everyone's
             self.record(attempts, step)
         trained = sum(len(row.ids) for row in sequences)
         if sequences:
@@ -186,7 +195,7 @@ class _Run:
             for s, *both in zip(part.sequence.tolist(), *(n.tolist() for n in numbers), strict=True):
                 for known, number in zip(seen[wrote[s]], both, strict=True):
                     known.append(number)
-        for i, attempt in enumerate(attempts):
+        for i, attempt in enumerate(attempts if self.ranks.first else ()):
             advantage = value.flatten()[i].item() if counts.flatten()[i] else None
             self.rollouts.append(step + 1, **describe_episode(attempt, self.chat, i // c.group, advantage, *seen[i]))
 

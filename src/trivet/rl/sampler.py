@@ -169,12 +169,16 @@ class Sampler:
             for g in range(c.group)
         ]  # fmt: skip
 
+    def _policy(self) -> Transformer:
+        """What writes."""
+        return self.model
+
     def _engine(self, episodes: int) -> Engine:
         """A new one: nothing is left of other weights."""
         c = self.config
         turns = c.max_turns > 1 and any(task.tools for task, _ in self.tasks)  # a turn goes on from the one before
         return Engine(
-            sampling_model(self.model, c), self.chat, min(c.max_rows, episodes), c.length + 1, torch.device(self.device),
+            sampling_model(self._policy(), c), self.chat, min(c.max_rows, episodes), c.length + 1, torch.device(self.device),
             record_experts=c.replay == "sampler", prefix_bytes=PREFIX_BYTES if turns else 0,
         )  # fmt: skip
 

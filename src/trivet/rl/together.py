@@ -1,17 +1,19 @@
 """RL on several processes that torchrun started: the same steps as on one, each process doing its share of them.
 
-    all       hold the policy, draw the same problems
+    all       hold the policy (or a part of it), draw the same problems
     process n plays the groups n, n + N, n + 2N, ... on an engine of its own, and grades them
     all       hand each other what they played: the same rewards, advantages, minibatches everywhere
     process n computes the rows n, n + N, ... of each minibatch (`update.pack`)
     all       add up their gradients and take the same optimizer step; the first one logs and saves
 
 A job brings its seed and the engine gives it the same tokens in any batch, so who plays it changes nothing. Divisors are
-those of the whole minibatch, so gradients are summed, never averaged. A saved state is one of a single process, and any
-number of them goes on from it.
+those of the whole minibatch, so gradients are summed, never averaged. Any number of processes goes on from a saved state.
 
-Left out: a policy that is divided over processes (each holds all of it, with its optimizer and a KL term's reference);
-episodes from elsewhere, or of older weights.
+`rl.shards` processes may divide the policy, its gradients and its optimizer (FSDP, `train/parallel.py`). While episodes are
+played each holds a whole copy, as it does of a KL term's reference. Of a divided policy every pass is one of all processes,
+so one with fewer rows than the others goes along with a row that counts for nothing.
+
+Left out: experts on several processes; episodes from elsewhere, or of older weights.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from trivet.rl.rewards import Reward
 from trivet.rl.rollout import Attempt, Job, play
 from trivet.rl.sampler import Player, Sampler
 from trivet.tasks import Task
-from trivet.train.parallel import Ranks
+from trivet.train.parallel import Ranks, gathered
 
 Played = list[tuple[Episode, Score]]
 
@@ -54,15 +56,20 @@ class Together(Sampler):
         super().__init__(model, chat, tasks, config, device, rewards)
         self.ranks = ranks
 
+    def _policy(self) -> Transformer:
+        """For as long as a step's episodes are played, all of it is here."""
+        whole = gathered(self.model, everywhere=True)
+        assert whole is not None
+        return whole.to(self.device).eval()
+
     def _player(self) -> Player:
         c, world = self.config, self.ranks.world
         engine = self._engine(-(-c.problems // world) * c.group)
 
         def play_all(jobs: Sequence[Job]) -> list[Attempt]:
             """Attempts at all jobs, in their order. What stops one process stops all."""
-            mine = [
-                job for i, job in enumerate(jobs) if i // c.group % world == self.ranks.rank
-            ]  # groups share prompts
+            owner = [i // c.group % world for i in range(len(jobs))]  # of whole groups, which share their prompts
+            mine = [job for job, rank in zip(jobs, owner, strict=True) if rank == self.ranks.rank]
             played: Played | UserError
             try:
                 played = [(a.episode, a.score) for a in play(engine, mine, c.max_turns)]
@@ -73,6 +80,6 @@ class Together(Sampler):
                 if isinstance(share, UserError):
                     raise share
                 shares.append(iter(share))
-            return [Attempt(job, *next(shares[i // c.group % world])) for i, job in enumerate(jobs)]
+            return [Attempt(job, *next(shares[rank])) for job, rank in zip(jobs, owner, strict=True)]
 
         return play_all

@@ -45,9 +45,8 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
-PATIENCE = timedelta(
-    days=1
-)  # for a process that plays longer, or does alone what can't be shared out; a dead one is noticed at once
+# For one that plays longer than the others, or does alone what can't be shared out. One that died is noticed at once.
+PATIENCE = timedelta(days=1)
 
 
 @contextmanager
@@ -151,18 +150,17 @@ def host(device: torch.device) -> torch.device:
     return torch.device("cpu") if dist.is_initialized() else device
 
 
-def ranks_of(shards: int, expert_shards: int) -> Ranks:
-    """This process's place under the settings; shards = 0: as many as there are processes for.
+def ranks_of(shards: int, expert_shards: int, of: str = "train") -> Ranks:
+    """This process's place under the settings `of` a run; shards = 0: as many as there are processes for.
 
     Raises UserError where the number of processes is no multiple of shards x expert shards.
     """
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     block = max(shards, 1) * expert_shards
     if world % block:
+        experts = f" and {of}.expert_shards = {expert_shards} need" if of == "train" else " needs"
         started = f"{world} processes were started" if world > 1 else "one process was started (torchrun starts more)"
-        raise UserError(
-            f"train.shards = {shards} and train.expert_shards = {expert_shards} need a multiple of {block} processes; {started}."
-        )
+        raise UserError(f"{of}.shards = {shards}{experts} a multiple of {block} processes; {started}.")
     return Ranks(rank, world, shards or world // expert_shards, expert_shards)
 
 
@@ -275,8 +273,10 @@ def check_experts(model: Transformer, ranks: Ranks) -> None:
 
 
 @torch.no_grad()
-def gathered(model: Transformer) -> Transformer | None:
-    """The whole model on the first process, None on the others; a model that is not divided as it is."""
+def gathered(model: Transformer, everywhere: bool = False) -> Transformer | None:
+    """The whole model, in host memory, on the first process or everywhere, None on the others; one that is not divided as it is."""
+    if not dist.is_initialized():
+        return model
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
@@ -291,9 +291,9 @@ def gathered(model: Transformer) -> Transformer | None:
                 others = [torch.empty_like(tensor) for _ in range(owner.group.size())]
                 dist.all_gather(others, tensor, group=owner.group)
                 tensor = torch.cat(others)
-        if dist.get_rank() == 0:
+        if everywhere or dist.get_rank() == 0:
             tensors[plain_name(name)] = tensor.cpu()
-    if dist.get_rank() != 0:
+    if not tensors:
         return None
     with torch.device("meta"):
         whole = Transformer(model.spec, seed=None)

@@ -40,6 +40,7 @@ def run(stage: DistilStage, context: Context) -> dict[str, Any]:
             f"{stage.start} and {stage.teacher} have different vocabularies: their tokens can't be compared."
         )
     tasks = load_tasks(stage.tasks, context)
+    student.to(context.device)
     summary = distil(student, teacher, chat, tasks, stage.distil, context.out, progress=context.progress)
     save_result(student, chat, context.out, start)
     return summary
