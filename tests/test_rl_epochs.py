@@ -22,7 +22,7 @@ from trivet.rl import update
 from trivet.rl.epochs import Minibatch, Seen, Updates
 from trivet.rl.learner import _Run, learn
 from trivet.rl.rollout import Job, play
-from trivet.rl.update import deal, pack
+from trivet.rl.update import Packed, deal, pack
 
 HYBRID = "lightning/moe delta/dense gqa/moe mla/moe"
 
@@ -244,3 +244,20 @@ def test_gates_stay_the_live_routers() -> None:
     learner.backward(learner.minibatch(rows, range(len(rows)), torch.linspace(-1, 1, len(rows))), Seen())
     for layer in model.layers:
         assert layer.ffn.router.grad.norm() > 1e-5  # type: ignore[union-attr,operator]
+
+
+def test_the_correlation_of_probabilities_is_pearsons_over_all_parts() -> None:
+    rng, seen = np.random.default_rng(0), Seen()
+    trainer = np.log(rng.uniform(0.01, 1, 90)).astype(np.float32)
+    engine = (trainer + rng.normal(0, 0.1, 90)).astype(np.float32)
+    stale = rng.uniform(size=90) < 0.3  # of older weights: they say nothing about the engine
+    trainer[stale] -= 3
+    for some in (slice(0, 30), slice(30, 90)):
+        part = Packed(*[torch.zeros(0)] * 5, sampler=torch.tensor(engine[some]), stale=torch.tensor(stale[some]))
+        seen.add(part, torch.tensor(trainer[some]), Routing())
+    want = np.corrcoef(np.exp(trainer[~stale]), np.exp(engine[~stale]))[0, 1]
+    assert seen.metrics["mismatch/correlation"] == pytest.approx(want, abs=1e-6) and 0.8 < want < 0.999
+    assert np.corrcoef(np.exp(trainer), np.exp(engine))[0, 1] < want - 0.05  # the twin
+    same = Seen()
+    same.add(Packed(*[torch.zeros(0)] * 5, sampler=torch.full((3,), -1.0)), torch.full((3,), -1.0), Routing())
+    assert "mismatch/correlation" not in same.metrics  # none is defined where nothing differs

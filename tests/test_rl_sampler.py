@@ -55,6 +55,16 @@ def test_groups_without_spread_are_replaced_until_the_batch_is_full() -> None:
         assert bool(teaches[-1])
 
 
+def test_thoughts_leave_the_answer_its_reserve() -> None:
+    """Without a budget a thought may take what max_tokens leaves beside closing message and reserve."""
+    longest = {}
+    for reserve in (0, 16):
+        batch = sample(0, max_tokens=30, answer_reserve=reserve)
+        longest[reserve] = max(a.episode.reasoning_tokens for a in batch.attempts)
+        assert longest[reserve] <= 30 - len(CHAT.closing_ids) - reserve
+    assert longest[0] > longest[16] > 0
+
+
 def test_rounds_are_a_pure_function_of_the_step() -> None:
     again, other = sample(1, dynamic=4), sample(2, dynamic=4)
     assert facts(sample(1, dynamic=4)) == facts(again) != facts(other)

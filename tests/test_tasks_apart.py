@@ -15,9 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from trivet.agent.loop import Episode, ModelStep
 from trivet.config import UserError
-from trivet.messages import Score
-from trivet.tasks import apart
+from trivet.messages import Completion, Message, Sampling, Score, StopReason
+from trivet.rl import rollout
+from trivet.rl.rollout import Job, grade_all
+from trivet.tasks import Problem, apart, graded_apart, make_task
 from trivet.tasks.apart import Pool, Worker, grade_apart
 from trivet.tasks.symbolic import grade_math
 
@@ -198,3 +201,52 @@ def test_workers_end_with_their_process() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     with pytest.raises(ProcessLookupError):
         os.kill(int(done.stdout), 0)
+
+
+# ------------------------------------------------------------------------------------------ side by side
+class Slow:
+    """Grades a number by itself, slowly; how many do so at once is counted."""
+
+    name, tools, levels = "slow", (), (0,)
+
+    def __init__(self) -> None:
+        self.lock, self.now, self.most = threading.Lock(), 0, 0
+
+    def problem(self, split: str, index: int, level: int | None = None) -> Problem:
+        return Problem(str(index), "?", str(index))
+
+    def grade(self, problem: Problem, message: Message) -> Score:
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        time.sleep(0.01 * (5 - int(problem.id) % 5))  # later ones are done first
+        with self.lock:
+            self.now -= 1
+        if problem.id == "7":
+            raise ValueError("no")
+        return Score(float(problem.answer))
+
+
+@pytest.mark.parametrize("apart_", [True, False])
+def test_graders_in_processes_work_side_by_side_and_scores_keep_their_order(
+    apart_: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout, "graded_apart", lambda task: apart_)
+    monkeypatch.setattr(rollout, "WORKERS", 3)
+    task = Slow()
+    jobs = [Job(task, task.problem("test", i), Sampling()) for i in range(20)]  # type: ignore[arg-type]
+    done = Completion("1", (), (), (), (), StopReason.END, ())
+    episode = Episode((), (ModelStep(Message("assistant", "1", completion=done)),), StopReason.END)
+    scores = grade_all(jobs, [episode] * 20)
+    assert [s.value for s in scores] == [float(i) if i != 7 else 0.0 for i in range(20)]
+    assert [i for i, s in enumerate(scores) if not s.ok] == [7] and "ValueError: no" in scores[7].detail
+    assert task.most == (3 if apart_ else 1)  # the twin: other graders are not asked from threads
+
+
+def test_who_is_graded_apart(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"question": "{i}", "answer": "{i}"}}\n' for i in range(40)))
+    rows = {"name": "jsonl", "path": str(tmp_path / "a.jsonl")}
+    levels = {"name": "gym:leg_counting", "levels": 2, "curriculum": True}
+    apart_ = [make_task(t) for t in ({"name": "gym:leg_counting"}, levels, {**rows, "format": "math"})]
+    here = [make_task(t) for t in ({"name": "chain"}, {**rows, "format": "number"})]
+    assert all(map(graded_apart, apart_)) and not any(map(graded_apart, here))

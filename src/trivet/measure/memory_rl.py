@@ -10,8 +10,8 @@ the larger one is the peak:
 
 The episodes of the batch are held all along. How long prompts are is not known: they are taken to fill what
 `length` leaves beside `max_tokens`, and episodes to be as long as a row, so this is what a run may need and not what
-its first steps take. Left out: a prefix store (256 MB at most, with tools), samplers elsewhere (`rl.workers`, `rl.server`, `rl.lag`:
-their memory is not the learner's), what evaluation takes, adapters.
+its first steps take. Left out: a prefix store (256 MB at most, with tools), samplers elsewhere (`rl.workers`,
+`rl.server`, `rl.lag`: their memory is not the learner's), what evaluation takes, adapters.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Learning(NamedTuple):
 
 
 def rl_memory(spec: ModelSpec, c: RLConfig, cpu: bool = False) -> Learning:
-    """What the learner's device holds. cpu: the update's part, see Setting."""
+    """What the learner's device holds. cpu: see Setting; memory that nobody wrote to is not there."""
     s = setting(c, cpu)
     numbers, found = held(spec, s)
     matrix = sum(m.numbers for m in found)

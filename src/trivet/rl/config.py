@@ -58,6 +58,9 @@ class RLConfig(RunConfig):
     thinking: int | Literal["off"] | None = Field(
         default=None, description="thinking budget in tokens; unset: unlimited; 'off': no thinking"
     )
+    answer_reserve: int = Field(
+        default=16, ge=0, description="tokens of max_tokens that thinking leaves to the answer, whatever its budget"
+    )
     halt_repeating: int = Field(
         default=0, ge=0, description="end an answer after so many tokens in a row of probability > 0.99; 0: never"
     )

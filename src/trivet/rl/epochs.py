@@ -9,7 +9,8 @@ about *weights*: its denominator pi_old is the trainer's own forward at the weig
 minibatch that is the forward of its own first update (where the ratio is then exactly 1; anything else is a bug
 and stops the run), so a single update on a whole batch costs no further pass; of the others it is a pass
 without gradient before the first update. The difference between engine and trainer is *not* part of that ratio:
-it is measured apart (`mismatch/*`, k3 estimate of KL(engine || trainer)), and a run
+it is measured apart (`mismatch/*`: k3 estimate of KL(engine || trainer), Pearson's correlation of the two
+probabilities of a token, as MiniMax-M1 reports it, 2506.13585), and a run
 stops when it exceeds what rounding explains, because then one of the two is wrong.
 
 Where the engine is a server with other kernels, more than rounding is to be explained: an expectation over its
@@ -82,6 +83,7 @@ class Seen:
     tokens: int = 0
     worst: float = 0.0  # largest |log pi_trainer - log pi_engine|
     k3: float = 0.0
+    moments: Tensor = field(default_factory=lambda: torch.zeros(5, dtype=torch.float64))  # of p and q: see correlation
     stale_tokens: int = 0
     stale_k3: float = 0.0  # KL(what sampled them || the policy of now)
     shared: int = 0  # choices of experts that engine and trainer share
@@ -103,6 +105,9 @@ class Seen:
 
     def add(self, part: Packed, logp: Tensor, routing: Routing) -> None:
         away = (logp - part.sampler).double()  # k3 of a rounding error is far below fp32
+        fresh = slice(None) if part.stale is None else ~part.stale
+        p, q = logp[fresh].double().exp(), part.sampler[fresh].double().exp()
+        self.moments += torch.stack((p.sum(), q.sum(), p @ p, q @ q, p @ q)).cpu()
         if part.stale is not None:
             moved, away = away[part.stale], away[~part.stale]
             self.stale_tokens += len(moved)
@@ -116,8 +121,17 @@ class Seen:
             self.choices += known[0].numel()
 
     @property
+    def correlation(self) -> float | None:
+        """Pearson's, of a token's probability in trainer (p) and engine (q); None where one of them never differs."""
+        p, q, pp, qq, pq = (self.moments / max(self.tokens, 1)).tolist()
+        spread = (pp - p * p) * (qq - q * q)
+        return (pq - p * q) / math.sqrt(spread) if spread > 1e-24 else None
+
+    @property
     def metrics(self) -> dict[str, float]:
         values = {"mismatch/max_abs_log": self.worst, "mismatch/kl": self.k3 / max(self.tokens, 1)}
+        if self.correlation is not None:
+            values["mismatch/correlation"] = self.correlation
         if self.stale_tokens:
             values |= {
                 "stale/share": self.stale_tokens / (self.tokens + self.stale_tokens),

@@ -3,8 +3,8 @@
     value = (score - low) / (high - low)  in [0, 1]
 
 A judge whose answer holds no score, or one outside of low..high, is "unparsed"; one that did not answer is an
-"error", or a "timeout" where it was too slow. The model is any ChatModel: a local engine, or a server (`endpoint`). The question and the answer are data to
-it, but a policy may learn to talk to it: look at what it rewards.
+"error", or a "timeout" where it was too slow. The model is any ChatModel: a local engine, or a server (`endpoint`).
+The question and the answer are data to it, but a policy may learn to talk to it: look at what it rewards.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ A score that is not ok (grader failed, generation failed) is no reward: it is co
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -19,7 +20,8 @@ from trivet.config import UserError
 from trivet.engine import Engine, EngineModel
 from trivet.messages import ChatModel, Sampling, Score, StopReason
 from trivet.rl.rewards import Case, Reward, add_rewards, rewards_of
-from trivet.tasks import Problem, Task, tools_for
+from trivet.tasks import Problem, Task, graded_apart, tools_for
+from trivet.tasks.apart import WORKERS
 from trivet.tools import Tool, get_tool
 from trivet.train.data import stable_hash
 
@@ -101,7 +103,18 @@ def play(engine: Engine, jobs: Sequence[Job], max_turns: int) -> list[Attempt]:
 
 def grade_all(jobs: Sequence[Job], episodes: Sequence[Episode]) -> list[Score]:
     """Scores of episodes, in their order: their tasks' grades and the terms beside them."""
-    return add_all(jobs, episodes, [grade(job, episode) for job, episode in zip(jobs, episodes, strict=True)])
+    return add_all(jobs, episodes, grades(jobs, episodes))
+
+
+def grades(jobs: Sequence[Job], episodes: Sequence[Episode]) -> list[Score]:
+    """The tasks' own scores; graders in processes work side by side, as many as there are, others one by one here."""
+    pairs = list(zip(jobs, episodes, strict=True))
+    threads = ThreadPoolExecutor(WORKERS)  # none runs before there is work for it
+    try:
+        apart = {i: threads.submit(grade, *pair) for i, pair in enumerate(pairs) if graded_apart(pair[0].task)}
+        return [apart[i].result() if i in apart else grade(*pair) for i, pair in enumerate(pairs)]
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def add_all(jobs: Sequence[Job], episodes: Sequence[Episode], scores: list[Score]) -> list[Score]:

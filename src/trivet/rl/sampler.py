@@ -162,7 +162,8 @@ class Sampler:
         return [
             Job(task, problem, Sampling(
                 temperature=c.temperature, top_p=c.top_p, top_k=c.top_k, min_p=c.min_p, keep_sets=True,
-                max_tokens=c.max_tokens, thinking=c.thinking, halt_repeating=c.halt_repeating,
+                max_tokens=c.max_tokens, thinking=c.thinking, answer_reserve=c.answer_reserve,
+                halt_repeating=c.halt_repeating,
                 seed=stable_hash(c.seed, step, first + p, g),
             ), rewards=rewards_of(self.rewards, task.name))
             for p, (task, problem) in enumerate(draw_problems(self.tasks, c.seed, step, count, first))

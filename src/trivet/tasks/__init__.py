@@ -64,4 +64,10 @@ def make_task(settings: Mapping[str, Any]) -> Task:
     return Climber(task, validate(dict(rule), Curriculum, f"curriculum of task {name!r}"))
 
 
-__all__ = ["TASKS", "Climber", "Demo", "Problem", "Split", "Task", "make_task", "tools_for"]
+def graded_apart(task: Task) -> bool:
+    """Whether its grade only waits for a worker process (`apart`), so that several may be asked at once from threads."""
+    inner = task.task if isinstance(task, Climber) else task
+    return isinstance(inner, Gym | Verifiers) or (isinstance(inner, Jsonl) and inner.config.format == "math")
+
+
+__all__ = ["TASKS", "Climber", "Demo", "Problem", "Split", "Task", "graded_apart", "make_task", "tools_for"]

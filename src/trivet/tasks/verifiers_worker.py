@@ -9,7 +9,8 @@ asks the model with must be the transcript so far, to the letter, or nothing tha
 At the end of the transcript it either is over by itself, or its next question holds the reply.
 
 Its rubric turns what a function raises into 0.0, so its functions are watched from inside. One of weight 0 is only a
-metric: it loses its part. Tried with 0.1.8, 0.1.9, 0.1.10, 0.1.12 and 0.1.14; from 0.3 on the package has other environments.
+metric: it loses its part. Tried with 0.1.8, 0.1.9, 0.1.10, 0.1.12 and 0.1.14; from 0.3 on the package has other
+environments.
 """
 
 from __future__ import annotations
@@ -61,7 +62,6 @@ def opened(name: str, args: dict[str, Any], path: str | None) -> Callable[..., A
     if why is not None:
         raise UserError(f"verifiers:{name} can't be played here: {why}.")
     here = Environment(env)
-
     functions: dict[str, Callable[..., Any]] = {"describe": here.describe, "reply": here.reply, "grade": here.grade}
     return lambda what, *given: functions[what](*given)
 
@@ -113,7 +113,7 @@ class Environment:
 
     def __init__(self, env: Any) -> None:
         self.env = env
-        self.failed: dict[str, tuple[float, str]] = {}  # functions that raised: weight, what
+        self.failed: list[tuple[str, float, str]] = []  # functions that raised: name, weight, what
         self.loop = asyncio.new_event_loop()  # one for all: clients of a judge belong to theirs
         for rubric in rubrics(env.rubric):
             rubric.funcs[:] = [self.watched(f, w) for f, w in zip(rubric.funcs, rubric.weights, strict=True)]
@@ -131,7 +131,7 @@ class Environment:
                     raise ValueError(f"not a finite number: {found}")
                 return found
             except Exception as e:
-                self.failed[name] = weight, f"{name}: {type(e).__name__}: {e}"
+                self.failed.append((name, weight, f"{name}: {type(e).__name__}: {e}"))
                 raise
 
         return call
@@ -144,8 +144,10 @@ class Environment:
         for name in ("train", "eval"):
             try:
                 rows = self.rows(name)
-            except ValueError:  # has none
-                rows = []
+            except ValueError as e:
+                if "is not set" not in str(e):
+                    raise
+                rows = []  # it has none
             try:
                 lines = [json.dumps(self.line(name, place, row)) for place, row in enumerate(rows)]
             except UserError as e:
@@ -178,20 +180,17 @@ class Environment:
         if state.get("error") is not None:
             return Score(0.0, "error", detail=f"the environment: {state['error']!r}"[:500])
         self.loop.run_until_complete(self.score(state))
-        broken = [what for weight, what in self.failed.values() if weight]
+        broken = [what for _, weight, what in self.failed if weight]
         if broken:
             return Score(0.0, "error", detail="; ".join(broken)[:500])
-        parts = {k: float(v) for k, v in (state["metrics"] or {}).items() if k not in self.failed}
-        return Score(float(state["reward"]), "ok", parts, "; ".join(what for _, what in self.failed.values())[:500])
+        lost = {name for name, _, _ in self.failed}
+        parts = {name: float(value) for name, value in (state["metrics"] or {}).items() if name not in lost}
+        return Score(float(state["reward"]), "ok", parts, "; ".join(what for *_, what in self.failed)[:500])
 
     async def score(self, state: Any) -> None:
-        rubric = self.env.rubric
-        more = (
-            {"score_sem": asyncio.Semaphore()}
-            if "score_sem" in inspect.signature(rubric.score_rollout).parameters
-            else {}
-        )
-        await rubric.score_rollout(state, **more)
+        score = self.env.rubric.score_rollout
+        bounded = "score_sem" in inspect.signature(score).parameters  # before 0.1.10
+        await (score(state, asyncio.Semaphore()) if bounded else score(state))
 
     # --- playing --------------------------------------------------------------------------------------
     def play(self, data: str, row: int, turns: Sequence[Turn], last: bool = False) -> Any:
