@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trivet.model import onednn
 from trivet.model.native import FEW_ROWS, kernels
 from trivet.model.packed import WORTH_IT, Apart
 from trivet.model.prompt import Prompt
@@ -59,7 +60,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     fast = kernels(x, weight)
     if fast is not None and x.numel() <= FEW_ROWS * x.shape[-1] and weight.is_contiguous():
         return fast.linear(x, weight, bias)
-    return F.linear(x, weight.flatten(0, -2), bias)
+    matrix = weight.flatten(0, -2)
+    y = onednn.linear(x, matrix, bias)
+    return F.linear(x, matrix, bias) if y is None else y
 
 
 class Adapter(nn.Module):
@@ -97,7 +100,7 @@ class Linear(nn.Linear):
 
     def some(self, x: Tensor, rows: slice) -> Tensor:
         """Some of the numbers [..., rows] that `forward` computes, for those who can't hold all at once."""
-        y = F.linear(x, self.weight[rows], None if self.bias is None else self.bias[rows])
+        y = linear(x, self.weight[rows], None if self.bias is None else self.bias[rows])
         return y if self.lora is None else y + self.lora(x, rows)
 
     def matrix(self) -> Tensor:
