@@ -24,7 +24,15 @@ from trivet.recipes.memory import keep_freed_memory
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # peers.py: the weight mapping
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-CLOCKS = {False: time.perf_counter, True: time.process_time}  # whether --cpu-time is on
+peers: list[int] = []  # processes of peers that have one of their own; they work only while they are asked
+
+
+def cpu_time() -> float:
+    """Seconds of processor time, of this process and of the peers' (Linux: a process's clock is made of its id)."""
+    return time.process_time() + sum(time.clock_gettime((~pid << 3) | 2) for pid in peers)
+
+
+CLOCKS = {False: time.perf_counter, True: cpu_time}  # whether --cpu-time is on
 now = CLOCKS[False]
 
 
@@ -34,7 +42,7 @@ def arguments(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--keep-memory", action="store_true", help="keep freed memory, as the command line does")
-    parser.add_argument("--cpu-time", action="store_true", help="of this process, for a busy machine and one thread")
+    parser.add_argument("--cpu-time", action="store_true", help="of the processes, for a busy machine and one thread")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     return parser
 
