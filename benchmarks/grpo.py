@@ -41,6 +41,7 @@ MOST_STEPS = 1000  # of a run that the clock ends
 SIDES: dict[str, dict[str, Any]] = {
     "trivet": {"side": "trivet"},
     "trivet-muon": {"side": "trivet", "optimizer": "muon"},  # as it comes
+    "trivet-unshared": {"side": "trivet", "share": False},  # a prompt an answer, as TRL
     "trl": {"side": "trl"},
     "trl-checkpointing": {"side": "trl", "recompute": True},  # as it comes
 }
@@ -77,6 +78,7 @@ class Job:
     seconds: float | None = None  # end after the step in which so many have passed
     cpu_time: bool = False  # of this process's own time
     recompute: bool = False
+    share: bool = True  # with a group's prompt once in a row
     optimizer: str = "adamw"
     keep: bool = False  # write what was trained
     lr: float = 3e-4
@@ -162,7 +164,7 @@ def ours(job: Job) -> None:
     config = RLConfig(
         steps=job.steps, problems=job.problems, group=job.group, max_tokens=job.max_tokens, adam_lr=job.lr,
         muon_lr=10 * job.lr, precision=job.precision, recompute=job.recompute, seed=job.seed, length=128,
-        tensorboard=False, save_every_seconds=1e9,
+        share_prompts=job.share, tensorboard=False, save_every_seconds=1e9,
     )  # fmt: skip
     before = memory("VmRSS")
     watch.start()

@@ -1,4 +1,4 @@
-"""Runs of one process and of several, for test_train_parallel.py: `python parallel_runs.py FOLDER JOBS`.
+"""Runs of one process and of several, for test_train_parallel.py: `python parallel_runs.py FOLDER JOBS`. (RL's: rl_runs.py)
 
 torch is imported once; each run forks as many processes as it wants. A job is
 [name, case, world, settings of [train], more]: the case says model and adapters; the result is FOLDER/name, with
@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,10 @@ from trivet.model.lora import Size, attach, places
 from trivet.spec import GQA, MLA, GatedDeltaNet, Lightning, ModelSpec, MoE, Rope, SwiGLU
 from trivet.train import checkpoint, trainer
 from trivet.train.data import Document, stable_hash
+from trivet.train.loop import Interrupted
+from trivet.train.offload import Offloaded
 from trivet.train.parallel import gathered, local, processes
-from trivet.train.trainer import Interrupted, TrainConfig, train
+from trivet.train.trainer import TrainConfig, train
 
 MIXERS = {
     "gqa": GQA(heads=4, kv_heads=2, head_dim=8, rope=Rope(dims=8), qk_norm=True),
@@ -112,6 +114,15 @@ class Stopping(Counting):
         return super().__getitem__(index)
 
 
+def count_left(self: Offloaded) -> None:
+    left.append(sum(p.grad is not None for p in self.on_device.values()))
+    real_collect(self)
+
+
+left: list[int] = []  # gradients with the model after each step's backward pass
+real_collect = Offloaded.collect_gradients
+
+
 def no_room(*args: object, **options: object) -> None:
     raise OSError(28, "No space left on device")
 
@@ -129,6 +140,7 @@ def run(out: Path, case: str, settings: dict[str, Any], breaks: str, stop_at: in
         checkpoint.save_tensors = no_room
     with processes(torch.device("cpu")) as device:
         model, config = model_of(case), TrainConfig(**{**BASE, **settings})
+        Offloaded.collect_gradients = count_left  # type: ignore[method-assign]
         try:
             train(model, Stopping(stop_at), config, out, evaluate=last_logit, device=device)
         except (Interrupted, UserError) as e:
@@ -136,12 +148,13 @@ def run(out: Path, case: str, settings: dict[str, Any], breaks: str, stop_at: in
             (out / f"ended-{rank}").write_text(str(e))
             return
         (out / f"held-{rank}").write_text(str(sum(local(p).numel() for p in model.parameters())))
+        (out / f"left-{rank}").write_text(json.dumps(left))
         whole = gathered(model)
         if whole is not None:
             save_file({name: t.contiguous() for name, t in whole.state_dict().items()}, out / "whole.safetensors")
 
 
-def fork(rank: int, world: int, port: int, *job: Any) -> int:
+def fork(rank: int, world: int, port: int, run: Callable[..., None], *job: Any) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -164,8 +177,8 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def wait(pids: Sequence[int], timeout: float = 60) -> None:
-    """Until all have ended; one that fails, or takes too long, ends the others."""
+def wait(pids: Sequence[int], may_fail: bool = False, timeout: float = 60) -> None:
+    """Until all have ended; one that fails (unless it may), or takes too long, ends the others."""
     left, end = set(pids), time.monotonic() + timeout
     failed = False
     while left:
@@ -173,7 +186,7 @@ def wait(pids: Sequence[int], timeout: float = 60) -> None:
             got, status = os.waitpid(pid, os.WNOHANG)
             if got:
                 left.discard(pid)
-                failed |= status != 0
+                failed |= status != 0 and not may_fail
         if failed or time.monotonic() > end:
             for pid in left:
                 os.kill(pid, signal.SIGKILL)
@@ -182,7 +195,7 @@ def wait(pids: Sequence[int], timeout: float = 60) -> None:
         time.sleep(0.002)
 
 
-def main() -> None:
+def main(run: Callable[..., None]) -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     for name, case, world, settings, more in json.loads(sys.argv[2]):
@@ -190,9 +203,9 @@ def main() -> None:
         if "goes_on" in more:
             shutil.copytree(folder / more["goes_on"], out)
         job = (out, case, settings, more.get("breaks", ""), more.get("stop_at"))
-        wait([fork(rank, world, port, *job) for rank in range(world)])
+        wait([fork(rank, world, port, run, *job) for rank in range(world)], more.get("breaks") == "killed")
         print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(run)

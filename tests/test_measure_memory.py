@@ -30,6 +30,7 @@ from trivet.measure.trial_run import STATUS
 from trivet.model import Routing, Transformer, attention, delta, ffn, linear
 from trivet.spec import FFN, GQA, MLA, GatedDeltaNet, Lightning, Mixer, ModelSpec, MoE, Rope, SwiGLU
 from trivet.train import losses, optim
+from trivet.train.offload import Where, make_optimizer
 from trivet.train.optim import Optimizer, newton_schulz
 
 
@@ -117,6 +118,31 @@ def test_training_state_is_what_the_optimizer_holds(name: str) -> None:
     assert said.optimizer == sum(t.nbytes for t in optimizer.state_dict().values()) - 8  # the count of steps
 
 
+@pytest.mark.parametrize("where", ["optimizer", "gradients"])
+def test_host_memory_is_what_an_offloaded_optimizer_holds(where: Any) -> None:
+    spec = spec_of(PATTERNS["hybrid"], mtp=1, tied=False)
+    optimizer = make_optimizer(where, Transformer(spec).optimizer_groups(), 0.02, 3e-3, 0.0)
+    held = sum(2 * p.nbytes for p in optimizer.parameters())  # copies and their gradients
+    said = training_memory(spec, Setting(length=16, offload=where))
+    assert said.host == held + sum(t.nbytes for t in optimizer.state_dict().values()) - 8
+    assert said.optimizer == 0 and said.gradients == (said.weights if where == "optimizer" else 0)
+
+
+def test_what_is_offloaded_is_not_on_the_device() -> None:
+    """Of a model whose layers are small beside all of it, and whose rows are short."""
+    spec, s = published("deepseek-v3"), Setting(rows=1, length=512, recompute=True, accumulate=2)
+    none, optimizer, gradients = (
+        training_memory(spec, s.model_copy(update={"offload": where})) for where in ("none", "optimizer", "gradients")
+    )
+    assert none.host == 0 and optimizer.host == gradients.host == none.weights + none.gradients + none.optimizer
+    assert none.peak > none.weights + none.gradients + none.optimizer
+    assert optimizer.weights + optimizer.gradients < optimizer.peak < none.peak - 0.9 * none.optimizer
+    assert gradients.weights < gradients.peak < 1.1 * gradients.weights
+    assert (
+        max(optimizer.moments) == optimizer.moments.backward > optimizer.moments.update
+    )  # gradients have left by then
+
+
 # ------------------------------------------------------------------------------------------ by process
 MODELS = {
     "dense": ("gqa/dense*4", {}),
@@ -148,6 +174,8 @@ TRIALS: list[tuple[str, dict[str, Any]]] = [
     ("next", {"precision": "bf16"}),
     ("lightning", {}),
     ("lightning", {"recompute": True, "accumulate": 2}),
+    ("mla_moe", {"rows": 1, "length": 256, "offload": "gradients"}),  # on a CPU the same memory, once more
+    ("lightning", {"recompute": True, "accumulate": 2, "offload": "optimizer"}),
 ]
 process = pytest.mark.skipif(not STATUS.is_file(), reason="a process's own peak is Linux's to say")
 
@@ -331,4 +359,5 @@ def test_what_is_copied_from_rooms_with_torch_is_still_true() -> None:
     assert (activations.MOST_SCORES, activations.LONGEST) == (attention.MOST_SCORES, attention.LONGEST[torch.bfloat16])
     assert activations.GROUP == ffn.GROUP_MULTIPLE[("cpu", 2)]
     assert memory.STACK == optim.STACK
+    assert get_args(Setting.model_fields["offload"].annotation) == get_args(Where)
     assert inspect.signature(newton_schulz).parameters["steps"].default == trial.NEWTON_SCHULZ

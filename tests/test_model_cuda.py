@@ -100,9 +100,11 @@ def test_the_engine_writes_the_same_tokens(name: str) -> None:
     assert [c.tokens for c in other] != [c.tokens for c in want]  # the twin
 
 
-def test_training_follows_the_same_losses(tmp_path: Path) -> None:
+@pytest.mark.parametrize("offload", ["none", "optimizer", "gradients"])
+def test_training_follows_the_same_losses(tmp_path: Path, offload: str) -> None:
     for device in ("cpu", "cuda"):
-        train(busy_model(), Counting(), CONFIG, tmp_path / device, device=torch.device(device))
+        config = CONFIG.model_copy(update={"offload": offload})
+        train(busy_model(), Counting(), config, tmp_path / device, device=torch.device(device))
     cpu, gpu = (Journal(tmp_path / device / "metrics.jsonl").read() for device in ("cpu", "cuda"))
     # Muon's iteration runs in bf16 on a GPU, so the paths part slowly.
     assert [row["loss"] for row in gpu] == pytest.approx([row["loss"] for row in cpu], rel=2e-3)

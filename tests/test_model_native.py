@@ -184,6 +184,26 @@ def test_rotate(fast: Kernels, dtype: torch.dtype, interleaved: bool) -> None:
 
 # ------------------------------------------------------------------------------------------ contracts
 @pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("over", [0, 1, 3])  # no norm, one a head, one over all three heads
+def test_parts_in_one_call_are_their_kernels_one_by_one(fast: Kernels, dtype: torch.dtype, over: int) -> None:
+    x, weight, bias = numbers(2, 3, 24, dtype=dtype), numbers(48, 24, dtype=dtype), numbers(48, dtype=dtype)
+    norm = numbers(16 * over, dtype=dtype) if over else None
+    angles = numbers(2, 3, 4)
+    turn = angles.cos(), angles.sin()
+    y = fast.linear(x, weight, bias)
+    if norm is not None:
+        y = fast.rms_norm(y.unflatten(-1, (-1, 16 * over)), norm, 1e-5, True).flatten(2)
+    y = y.unflatten(-1, (3, 16))
+    assert torch.equal(fast.heads(x, weight, bias, 16, norm, 1e-5, True, *turn, False), fast.rotate(y, *turn, False))
+    still = angles[..., :0], angles[..., :0]  # positions that turn nothing
+    assert torch.equal(fast.heads(x, weight, bias, 16, norm, 1e-5, True, *still, False), y)
+    assert not torch.equal(fast.heads(x, nudged(weight), bias, 16, norm, 1e-5, True, *still, False), y)
+    up, down = numbers(2, 40, 24, dtype=dtype), numbers(24, 40, dtype=dtype)
+    both = fast.linear(fast.silu_mul(fast.linear(x, up, None)), down, None)
+    assert torch.equal(fast.swiglu(x, up, down), both) and not torch.equal(fast.swiglu(x, nudged(up), down), both)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 def test_a_row_does_not_depend_on_its_neighbours(fast: Kernels, dtype: torch.dtype) -> None:
     x, weight = numbers(19, 96, dtype=dtype), numbers(50, 96, dtype=dtype)
     together = fast.linear(x, weight, None)

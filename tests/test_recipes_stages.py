@@ -22,6 +22,7 @@ from trivet.config import UserError, validate
 from trivet.recipes.kinds.rl import RLStage
 from trivet.recipes.kinds.train import TrainStage
 from trivet.recipes.stages import Recipe, waves
+from trivet.train.trainer import TrainConfig
 
 RECIPE = """
 name = "small"
@@ -250,6 +251,29 @@ def test_changed_settings_are_refused(straight: Path) -> None:
     )
     assert done.returncode == 1 and "was run with train.steps = 30, now it is 31" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_changes_no_result_may_change_between_two_sittings() -> None:
+    """Said once, where a setting is defined: for a run's state and for a stage's."""
+    asked = {"kind": "rl", "start": "x", "tasks": [{"name": "chain"}], "rl": {"steps": 2}}
+    one = validate(asked, RLStage, "a")
+    free = {
+        "workers": 3,
+        "ray_address": "x:1",
+        "recompute": True,
+        "page_every": 2,
+        "save_every_seconds": 1,
+        "tensorboard": False,
+    }
+    for name, value in (free | {"server": {"url": "u", "like": "l", "folder": "f"}}).items():
+        other = validate(asked | {"rl": {"steps": 2, name: value}}, RLStage, "b")
+        assert other != one and other.identity() == one.identity(), name
+        assert name not in other.rl.identity() and other.rl.identity() == one.rl.identity()
+    for name, value in {"steps": 3, "group": 3, "lag": 1, "precision": "bf16"}.items():  # the twin
+        assert validate(asked | {"rl": {"steps": 2, name: value}}, RLStage, "b").identity() != one.identity(), name
+    train = TrainConfig(steps=2, rows=1, length=8)
+    shards = {"shards", "expert_shards", "recompute", "offload", "save_every_seconds", "tensorboard"}
+    assert train.model_dump().keys() - train.identity().keys() == shards
 
 
 def test_stages_are_checked() -> None:

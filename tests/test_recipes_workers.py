@@ -11,7 +11,7 @@ import pytest
 
 from trivet.config import UserError
 from trivet.recipes.workers import Tell, side_by_side
-from trivet.train.trainer import Deferred, Interrupted
+from trivet.train.loop import Deferred, Interrupted
 
 
 def count(upto: int, tell: Tell) -> int:

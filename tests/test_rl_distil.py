@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from test_rl_learner import CHAT, Digits, make
 from trivet.config import UserError
 from trivet.rl.distil import DistilConfig, distil, token_kl
-from trivet.train.trainer import Interrupted
+from trivet.train.loop import Interrupted
 
 TASKS = [(Digits(), 1.0)]
 
@@ -49,7 +49,10 @@ def test_divergence_and_gradient_are_those_of_autograd(kind: Any, chunk: int | N
 
 
 def settings(**more: Any) -> DistilConfig:
-    given = {"steps": 6, "answers": 16, "max_tokens": 8, "rows": 8, "length": 32, "muon_lr": 0.02, "adam_lr": 0.01}
+    given = {
+        "steps": 6, "answers": 16, "max_tokens": 8, "rows": 8, "length": 32, "muon_lr": 0.02, "adam_lr": 0.01,
+        "tensorboard": False,
+    }  # fmt: skip
     return DistilConfig.model_validate(given | more)
 
 

@@ -54,7 +54,7 @@ def test_numbers_stand_at_their_tokens(tmp_path: Path) -> None:
         for p in model.parameters():
             p.mul_(1.1)
     run = _Run(model, CHAT, [(Calls(), 1.0)], config(group=4, rows=4, length=100), tmp_path, "cpu")
-    run.record(attempts)
+    run.record(attempts, 0)
     lines = Journal(tmp_path / LINES).read()
     away = []
     for attempt, line in zip(attempts, lines, strict=True):

@@ -29,7 +29,7 @@ def with_offset(pattern: str, tied: bool = False) -> Transformer:
 
 def one_step(model: Transformer, **changes: Any) -> dict[str, Any]:
     settings = config(problems=16, precision="bf16", muon_lr=0, adam_lr=0, **changes)
-    return _Run(model, CHAT, [(Digits(), 1.0)], settings, Path("nowhere"), "cpu").one_step()
+    return _Run(model, CHAT, [(Digits(), 1.0)], settings, Path("nowhere"), "cpu").one_step(0)
 
 
 @pytest.mark.parametrize("pattern", ["gqa/dense*2", "mla/dense*2"])

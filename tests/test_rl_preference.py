@@ -77,7 +77,7 @@ def pairs(count: int, seed: int = 0, flip: float = 0.0) -> list[Pair]:
 
 def settings(**more: Any) -> PreferenceConfig:
     return PreferenceConfig.model_validate(
-        {"steps": 60, "pairs": 32, "length": 64, "muon_lr": 0.02, "adam_lr": 0.01} | more
+        {"steps": 60, "pairs": 32, "length": 64, "muon_lr": 0.02, "adam_lr": 0.01, "tensorboard": False} | more
     )
 
 

@@ -21,7 +21,7 @@ from trivet.rl.rewards import make_rewards
 from trivet.rl.sampler import Batch, Sampler
 from trivet.rl.workers import Workers
 from trivet.tasks import Problem
-from trivet.train.trainer import Interrupted
+from trivet.train.loop import Interrupted
 
 ray = pytest.importorskip("ray", reason="episodes elsewhere need the extra: pip install 'trivet[ray]'")
 

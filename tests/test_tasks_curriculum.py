@@ -15,7 +15,7 @@ from trivet.rl import learner
 from trivet.rl.learner import TIMES, learn
 from trivet.tasks import Climber, Problem, make_task
 from trivet.tasks.curriculum import Curriculum, Standing, advance
-from trivet.train.trainer import Interrupted
+from trivet.train.loop import Interrupted
 
 RULE = Curriculum(window=3, threshold=0.7)
 

@@ -37,7 +37,7 @@ def test_forgotten_adapters_are_noticed(tmp_path: Path) -> None:
         "def child(out):",
         "from trivet.train.checkpoint import State\n"
         "apply = State.apply\n"
-        "State.apply = lambda self, model, optimizer, parts: apply(self, adapted(), optimizer, parts)\n"
+        "State.apply = lambda self, model, optimizer: apply(self, adapted(), optimizer)\n"
         "def child(out):",
     )
     codes, _ = run(tmp_path, [(int(signal.SIGKILL), None)], forgetful)

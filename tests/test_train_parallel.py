@@ -34,6 +34,8 @@ EQUAL: list[Job] = [  # each against the one process of its case
     ("moe-2", "moe", 2, {}, {}),
     ("moe-2x2", "moe", 4, MIXED, {}),
     ("moe-recompute", "moe", 4, MIXED | RECOMPUTE, {}),
+    ("moe-offload", "moe", 4, MIXED | {"offload": "gradients"}, {}),
+    ("moe-offload-late", "moe", 2, {"offload": "optimizer"}, {}),
     ("moe-replicas", "moe", 4, {"shards": 1, "expert_shards": 2}, {}),
     ("hybrid-4", "hybrid", 4, {}, {}),
     ("delta-2", "delta", 2, {"expert_shards": 2}, {}),
@@ -130,6 +132,11 @@ def test_a_process_holds_what_the_plan_says(runs: Path, name: str, settings: tup
     assert len(held) == int(name == "moe-2") * 2 or len(held) == 4
     assert sum(held) / len(held) == pytest.approx(planned, rel=0.01)
     assert max(held) < 1.02 * min(held)  # what no dimension divides evenly is uneven
+
+
+def test_offloaded_gradients_leave_a_divided_model_too(runs: Path) -> None:
+    assert [json.loads((runs / "moe-offload" / f"left-{rank}").read_text()) for rank in range(4)] == [[0] * 4] * 4
+    assert min(json.loads((runs / "moe-offload-late" / "left-0").read_text())) > 10  # the twin: those that wait
 
 
 # --------------------------------------------------------------------------------------- stop and go on

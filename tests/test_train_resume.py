@@ -31,7 +31,8 @@ import torch
 from trivet.model import Transformer
 from trivet.spec import GQA, GatedDeltaNet, Lightning, MoE, ModelSpec, Rope
 from trivet.train.data import Document, Mixture, TextDocuments, stable_hash
-from trivet.train.trainer import Interrupted, TrainConfig, train
+from trivet.train.loop import Interrupted
+from trivet.train.trainer import TrainConfig, train
 
 torch.set_num_threads(1)
 steps, signals = int(sys.argv[2]), json.loads(sys.argv[3])

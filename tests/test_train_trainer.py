@@ -21,8 +21,9 @@ from trivet.disk import Journal
 from trivet.model import Transformer
 from trivet.spec import GQA, MLA, GatedDeltaNet, Lightning, ModelSpec, MoE, Rope, SwiGLU
 from trivet.train.data import Batch, Document, lay_out, stable_hash
+from trivet.train.loop import Interrupted
 from trivet.train.step import backward
-from trivet.train.trainer import Interrupted, TrainConfig, measure_peak, train
+from trivet.train.trainer import TrainConfig, measure_peak, train
 
 SPEC = ModelSpec(
     vocab_size=23,

@@ -71,6 +71,10 @@ Recompute = Annotated[
     bool | None,
     typer.Option("--recompute/--no-recompute", help="Activation checkpointing. Default: the TOML's, or not."),
 ]
+Offload = Annotated[
+    Literal["none", "optimizer", "gradients"] | None,
+    typer.Option(help="What is kept in host memory. Default: the TOML's, or none."),
+]
 Shards = Annotated[
     int | None, typer.Option(min=1, help="Devices that share weights, gradients and optimizer (FSDP). Default: 1.")
 ]
@@ -85,11 +89,15 @@ def run(config: ConfigFile, overrides: Overrides = None, out: Out = Path("runs/r
     from trivet.config import load
     from trivet.recipes.progress import Live
     from trivet.recipes.stages import Recipe, run_recipe
+    from trivet.train.parallel import first, processes
 
     recipe = load(config, Recipe, overrides or [])
-    on = _device(device, recipe.threads)
-    with _interruptible(), Live() as live:
-        run_recipe(recipe, out, on, live.watch, live.say)
+    wanted = _device(device, recipe.threads, together=True)
+    with _interruptible(), processes(wanted) as on, Live() as live:
+        if first():
+            run_recipe(recipe, out, on, live.watch, live.say)
+        else:
+            run_recipe(recipe, out, on, lambda name, stage: None, lambda text: None)
 
 
 @app.command()
@@ -107,7 +115,7 @@ def rl(config: ConfigFile, overrides: Overrides = None, out: Out = Path("runs/rl
     """Reinforcement learning with verifiable rewards, from a trained model."""
     from trivet.recipes.kinds.rl import RLStage
 
-    _one_stage(config, RLStage, overrides, out, device)
+    _one_stage(config, RLStage, overrides, out, device, together=True)
 
 
 @app.command()
@@ -265,6 +273,7 @@ def plan(
     length: Length = None,
     precision: Precision = None,
     recompute: Recompute = None,
+    offload: Offload = None,
     shards: Shards = None,
     expert_shards: ExpertShards = None,
     tokens: Annotated[float | None, typer.Option("--tokens", help="Tokens to train on, e.g. 15e12.")] = None,
@@ -299,13 +308,11 @@ def plan(
         raise UserError("--measure runs on this machine alone: leave --hardware, --plot and shards out.")
     given = {
         "context": context, "generate": generate, "hardware": names, "batch": batch, "rows": rows, "length": length,
-        "precision": precision, "recompute": recompute, "shards": shards, "expert_shards": expert_shards,
+        "precision": precision, "recompute": recompute, "offload": offload, "shards": shards, "expert_shards": expert_shards,
         "tokens": tokens, "mfu": mfu, "price": price,
     }  # fmt: skip
     ask = validate(given, Question, "trivet plan")
-    if measure:
-        return measure_models(models, ask, device, as_json)
-    plan_models(models, ask, as_json, plot)
+    measure_models(models, ask, device, as_json) if measure else plan_models(models, ask, as_json, plot)
 
 
 # ------------------------------------------------------------------------------------------- helpers
@@ -342,7 +349,7 @@ def _device(name: str, threads: int = 0, together: bool = False) -> torch.device
 
     if not together and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
-            "Several processes (WORLD_SIZE is set) only work together in `trivet train`: start this without torchrun."
+            "Several processes (WORLD_SIZE is set) only work together in `trivet train`, `rl` and `run`: start this without torchrun."
         )
 
     from trivet.recipes.memory import keep_freed_memory

@@ -30,10 +30,16 @@ class Setting(Frozen):
     length: int = Field(default=4096, gt=0)
     precision: Literal["fp32", "bf16"] = "bf16"
     recompute: bool = False
+    offload: Literal["none", "optimizer", "gradients"] = "none"
     accumulate: int = Field(default=1, gt=0)
     shards: int = Field(default=1, gt=0)
     expert_shards: int = Field(default=1, gt=0)
     cpu: bool = False  # whose norms and short attention keep more than a GPU's fused kernels
+
+    @property
+    def leaves(self) -> bool:
+        """Whether the optimizer is in another memory than the model."""
+        return self.offload != "none" and not self.cpu
 
     @property
     def tokens(self) -> int:

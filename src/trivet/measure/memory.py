@@ -5,6 +5,9 @@
     activations          what autograd keeps from the forward for the backward pass, counted from the code of
                          each mixer and ffn (`activations.py`)
 
+With `offload` the optimizer is in host memory, with the weights that it steps and their gradients (`Training.host`). On
+the device gradients are then there until the update, or only while a layer makes them. On a CPU both are one memory.
+
 Three moments compete for the peak (`Moments`): the end of the forward pass, when the loss makes the head's
 gradient; the backward pass, which frees a layer's activations and makes its gradients; the update, in which
 Muon works on one stack of equal shapes after the other, and AdamW holds a copy of what it trains.
@@ -41,12 +44,13 @@ class Moments(NamedTuple):
 
 
 class Training(NamedTuple):
-    """Bytes of one device. `activations` at the end of the forward pass, with what the loss keeps."""
+    """Bytes of one device, and those in host memory. `activations` at the end of the forward pass, with what the loss keeps."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
+    host: int
     moments: Moments
 
     @property
@@ -182,19 +186,26 @@ def training_memory(spec: ModelSpec, s: Setting) -> Training:
     matrix = sum(m.numbers for m in found) / s.shards
     weights = gradients = FP32 * numbers
     optimizer = FP32 * (matrix + 2 * (numbers - matrix))
+    copies = 0 if s.offload == "none" else weights
+    host = copies and copies + gradients + optimizer
+    if s.leaves:
+        copies = optimizer = 0
+        gradients = gradients if s.offload == "optimizer" else 0
     table, kept = spec.vocab_size * spec.d_model, forward_kept(spec, s)
     head = (1 + spec.mtp) * s.wide * (s.tokens * spec.d_model + table)  # the gradients that the losses keep
-    loss = _loss(spec, s)
-    still = weights + optimizer + (gradients if s.accumulate > 1 else 0)
+    loss, muon = _loss(spec, s), _muon(found, s)
+    still = weights + copies + optimizer + (gradients if s.accumulate > 1 else 0)
     tables = (1 if spec.tie_embeddings else 2) * table
     still += FP32 * tables if _apart(s) else 0  # gathered
     still += _masks(spec, s) if s.recompute else 0  # held until layers are computed again
     moments = Moments(
         round(still + kept + head + loss),
         round(still + _backward(spec, s, kept, head)),
-        round(weights + gradients + optimizer + FP32 * max(_muon(found, s), numbers - matrix)),
+        round(
+            weights + (FP32 * muon if s.leaves else copies + gradients + optimizer + FP32 * max(muon, numbers - matrix))
+        ),
     )
-    return Training(round(weights), round(gradients), round(optimizer), round(kept + head), moments)
+    return Training(round(weights), round(gradients), round(optimizer), round(kept + head), round(host), moments)
 
 
 def _loss(spec: ModelSpec, s: Setting) -> int:
@@ -239,7 +250,8 @@ def check_shards(spec: ModelSpec, s: Setting) -> None:
 def _backward(spec: ModelSpec, s: Setting, kept: float, head: int) -> float:
     """The most that activations and gradients take together, while layer by layer one becomes the other."""
     d = spec.d_model
-    fresh = 0 if s.accumulate > 1 else FP32 / s.shards  # bytes of a new gradient's number
+    passing = s.leaves and s.offload == "gradients"
+    fresh = 0 if s.accumulate > 1 and not passing else FP32 / s.shards  # bytes of a new gradient's number
     done = fresh * spec.vocab_size * d
     worst = kept + head + s.wide * spec.vocab_size * d
     for layer in reversed(modules(spec)):
@@ -251,7 +263,7 @@ def _backward(spec: ModelSpec, s: Setting, kept: float, head: int) -> float:
             gathered = FP32 * (3 * mine + (1 if spec.tie_embeddings else 2) * spec.vocab_size * d)
         worst = max(worst, kept + done + again + gathered + s.tokens * _busy(layer, d, s))
         kept -= s.tokens * d * FP32 if s.recompute else inside
-        done += fresh * mine
+        done = fresh * mine + (0 if passing else done)
     return max(worst, done)
 
 
@@ -271,7 +283,7 @@ def _muon(found: list[Matrix], s: Setting) -> int:
     for m in found:
         shape = (min(m.rows, m.columns), max(m.rows, m.columns))
         shapes[shape] = shapes.get(shape, 0) + m.copies
-    worst, most = 0, STACK["cpu" if s.cpu else "cuda"]
+    worst, most = 0, STACK["cpu" if s.cpu or s.leaves else "cuda"]  # by where the moments are
     for (short, long), copies in shapes.items():
         count = min(copies, max(1, most // (short * long)))
         numbers, gram = count * short * long, count * short**2

@@ -43,6 +43,7 @@ class Question(Frozen):
     length: int | None = Field(default=None, gt=0)
     precision: Literal["fp32", "bf16"] | None = None
     recompute: bool | None = None
+    offload: Literal["none", "optimizer", "gradients"] | None = None
     shards: int | None = Field(default=None, gt=0)
     expert_shards: int | None = Field(default=None, gt=0)
     tokens: float | None = Field(default=None, gt=0)

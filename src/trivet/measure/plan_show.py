@@ -40,6 +40,7 @@ TRAINING: Rows = [
     ("gradients", "… gradients, fp32", "bytes"),
     ("optimizer", "… Muon and AdamW, fp32", "bytes"),
     ("activations", "… activations", "bytes"),
+    ("host", "… in host memory", "bytes"),
     ("peak", "… at its peak", "bytes"),
     ("peak_in", "… which is in the", "{}"),
 ]
@@ -85,6 +86,8 @@ def plan_models(names: list[str], ask: Question, as_json: bool, plot: Path | Non
             continue
         table.add_row(label.format(**rows[0]), *(show(row[key], how) for row in rows))
     for key, label, how in TRAINING:
+        if key == "host" and not any(row["training"][key] for row in rows):
+            continue
         table.add_row(label, *(show((row["training"] | {"step": in_words(row["training"])})[key], how) for row in rows))
     console.print(table)
     if ask.hardware:
@@ -113,7 +116,8 @@ def plan_models(names: list[str], ask: Question, as_json: bool, plot: Path | Non
 def in_words(step: dict[str, Any]) -> str:
     """A training step as a person says it: 4 × 512, bf16, recomputed, 8 shards."""
     shards = [f"{step[key]} {words}" for key, words in SHARDS.items() if step.get(key, 1) > 1]
-    words = [step["precision"], *["recomputed"] * step["recompute"], *shards]
+    moved = [f"{step['offload']} offloaded"] if step["offload"] != "none" else []
+    words = [step["precision"], *["recomputed"] * step["recompute"], *moved, *shards]
     return ", ".join([f"{step['rows']:,} × {step['length']:,}", *words])
 
 

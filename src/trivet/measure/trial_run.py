@@ -24,7 +24,8 @@ from trivet.measure.activations import Setting
 from trivet.model import Transformer
 from trivet.spec import GQA, ModelSpec, Rope, SwiGLU
 from trivet.train.data import Document, lay_out
-from trivet.train.optim import Optimizer, clip
+from trivet.train.offload import make_optimizer
+from trivet.train.optim import clip
 from trivet.train.step import backward
 from trivet.train.trainer import measure_peak
 
@@ -40,7 +41,7 @@ WARM_UP = ModelSpec(
 def train(spec: ModelSpec, setting: Setting, device: torch.device, repeats: int) -> dict[str, float]:
     """Seconds of the last step; in the first, blocks and kernels are made."""
     model = Transformer(spec).to(device)
-    optimizer = Optimizer(model.optimizer_groups())
+    optimizer = make_optimizer(setting.offload, model.optimizer_groups(), 0.02, 3e-3, 0.0)
     generator = torch.Generator().manual_seed(0)
     batches = []
     for _ in range(setting.accumulate):
@@ -50,6 +51,7 @@ def train(spec: ModelSpec, setting: Setting, device: torch.device, repeats: int)
 
     def step() -> None:
         sums = backward(model, batches, 0.3, setting.precision, setting.recompute)
+        optimizer.collect_gradients()
         clip(optimizer.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

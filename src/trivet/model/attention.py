@@ -18,7 +18,7 @@ from trivet.model.blocks import Reach
 from trivet.model.bounded import Ring, Voted
 from trivet.model.cache import KVCache
 from trivet.model.chunks import PARTS, Placed, attend_chunks, temperature
-from trivet.model.layers import Layout, Linear, Norms, added, apply_rope, causal
+from trivet.model.layers import Layout, Linear, Norms, RMSNorm, added, apply_rope, causal, few_rows
 from trivet.model.native import FEW_QUERIES, kernels
 from trivet.model.sparse import attend_prompt
 from trivet.spec import GQA
@@ -42,14 +42,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, layout: Layout, cache: KVCache | Ring | Voted | None = None) -> Tensor:
         """x [B,T,D] -> [B,T,D]. cache=None is the training path."""
         s = self.spec
-        q = self._normed(self.q_proj(x), self.q_norm)  # [B,T,H,hd]
-        k = self._normed(self.k_proj(x), self.k_norm)  # [B,T,K,hd]
         v = self.v_proj(x).unflatten(-1, (s.kv_heads, s.head_dim))
         if s.chunks is None:
-            q, k = (apply_rope(x, layout.rotation(s.rope), s.rope.interleaved) for x in (q, k))
+            turn = layout.rotation(s.rope)
+            q = self._heads(x, self.q_proj, self.q_norm, turn)  # [B,T,H,hd]
+            k = self._heads(x, self.k_proj, self.k_norm, turn)  # [B,T,K,hd]
         else:  # q [3,B,T,H,hd]: one rotation for each kind of chunk, and keys turned once
             turns = [layout.rotation(s.rope, Placed(s.chunks, part)) for part in PARTS]
-            k = apply_rope(k, turns[0], s.rope.interleaved)
+            k = self._heads(x, self.k_proj, self.k_norm, turns[0])
+            q = self._normed(self.q_proj(x), self.q_norm)
             q = torch.stack([apply_rope(q, turn, s.rope.interleaved) for turn in turns])
             if s.chunks.original_length is not None:
                 q = q * temperature(layout.at(), s.chunks.original_length)[..., None, None].to(q.dtype)
@@ -65,6 +66,18 @@ class Attention(nn.Module):
             y = attend_chunks(q, k, v, layout, s.chunks, s.head_dim**-0.5)
         y = y.flatten(2)
         return self.o_proj(y if self.gate is None else y * self.gate(x).sigmoid())
+
+    def _heads(self, x: Tensor, proj: Linear, norm: nn.Module, turn: tuple[Tensor, Tensor]) -> Tensor:
+        """x [B,T,D] -> [B,T,heads,hd]: multiplied, normed, turned."""
+        s = self.spec
+        weight, eps, centred = (
+            (norm.weight, norm.eps, norm.centred) if isinstance(norm, RMSNorm) else (None, 0.0, False)
+        )
+        plain = type(proj) is Linear and proj.lora is None and (weight is None or weight.dtype == x.dtype)
+        fast = few_rows(x, proj.weight) if plain else None
+        if fast is None:
+            return apply_rope(self._normed(proj(x), norm), turn, s.rope.interleaved)
+        return fast.heads(x, proj.weight, proj.bias, s.head_dim, weight, eps, centred, *turn, s.rope.interleaved)
 
     def _normed(self, x: Tensor, norm: nn.Module) -> Tensor:
         """[B,T,heads hd] -> [B,T,heads,hd]"""

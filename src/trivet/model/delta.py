@@ -55,28 +55,38 @@ class GatedDelta(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, cache: DeltaCache | None = None) -> Tensor:
         """x [B,T,D] -> [B,T,D]; one token with a cache is the recurrent form, all else chunked."""
-        s, batch = self.spec, len(x)
         inputs = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), -1).float()  # [B,T,W]
         beta, rate = self.beta_proj(x).float(), self.decay_proj(x).float()  # [B,T,H]
         with exact(x):
             if cache is None:
-                state = inputs.new_zeros(batch, s.heads, s.key_dim, s.value_dim)
-                before = inputs.new_zeros(batch, s.conv - 1, s.conv_width)
+                o = layout.along(self._rows, inputs, beta, rate)
             else:
-                state, before = cache.read(batch)
-            mixed, after = short_conv(inputs, self.conv.float(), layout.positions, before)
-            q, k, v = self._heads(F.silu(mixed))
-            g = -self.A_log.float().exp() * F.softplus(rate + self.dt_bias.float())
-            beta = beta.sigmoid()
-            if layout.positions is not None:
-                real = (layout.positions >= 0).unsqueeze(-1)
-                g, beta = g * real, beta * real
-            form = recurrent if cache is not None and x.shape[1] == 1 else chunked
-            o, state = form(q, k, v, g.transpose(1, 2), beta.transpose(1, 2), layout.documents(), state)
-            if cache is not None:
-                cache.write(state, after)
-            o = self.norm(o.transpose(1, 2))  # [B,T,H,dv]
+                o = self._rows(layout, inputs, beta, rate, cache)
+            o = self.norm(o)
         return self.o_proj(o.flatten(2).to(x.dtype) * F.silu(self.gate(x)))
+
+    def _rows(
+        self, layout: Layout, inputs: Tensor, beta: Tensor, rate: Tensor, cache: DeltaCache | None = None
+    ) -> Tensor:
+        """inputs [B,T,W], beta and rate [B,T,H] before their functions -> o [B,T,H,dv]."""
+        s, (batch, length, _) = self.spec, inputs.shape
+        if cache is None:
+            state = inputs.new_zeros(batch, s.heads, s.key_dim, s.value_dim)
+            before = inputs.new_zeros(batch, s.conv - 1, s.conv_width)
+        else:
+            state, before = cache.read(batch)
+        mixed, after = short_conv(inputs, self.conv.float(), layout.positions, before)
+        q, k, v = self._heads(F.silu(mixed))
+        g = -self.A_log.float().exp() * F.softplus(rate + self.dt_bias.float())
+        beta = beta.sigmoid()
+        if layout.positions is not None:
+            real = (layout.positions >= 0).unsqueeze(-1)
+            g, beta = g * real, beta * real
+        form = recurrent if cache is not None and length == 1 else chunked
+        o, state = form(q, k, v, g.transpose(1, 2), beta.transpose(1, 2), layout.documents(), state)
+        if cache is not None:
+            cache.write(state, after)
+        return o.transpose(1, 2)
 
     def _heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B,T,W] -> q, k [B,H,T,dk] of unit length (q scaled), v [B,H,T,dv]."""

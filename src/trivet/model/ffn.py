@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from trivet.config import UserError
 from trivet.model import onednn
-from trivet.model.layers import Float32Buffers, Layout, as_autocast, exact, linear
+from trivet.model.layers import Float32Buffers, Layout, as_autocast, exact, few_rows, linear
 from trivet.model.native import FEW_CHOICES, FEW_ROWS, kernels
 from trivet.spec import MoE, SwiGLU
 
@@ -79,6 +79,9 @@ class DenseFFN(nn.Module):
         return cls(spec.hidden, d_model)
 
     def forward(self, x: Tensor, layout: Layout | None = None, routing: Routing | None = None) -> Tensor:
+        fast = few_rows(x, self.gate_up) if not self.lora else None
+        if fast is not None:
+            return fast.swiglu(x, self.gate_up, self.down)
         both = linear(x, self.gate_up)  # [...,2F]
         fast = kernels(both) if not self.lora else None
         if fast is not None:

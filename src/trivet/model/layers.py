@@ -5,7 +5,8 @@ YaRN (arXiv 2309.00071) slows the low frequencies down so that a model reaches p
 
 A `Layout` is computed once per forward pass and handed to every layer: positions, rotations and
 attention masks. One convention carries everything: a position of 0 starts a new document, -1 is
-padding. So packed rows, padded rows and cached rows are the same code.
+padding, and in training a fall to p > 0 is a branch that goes on from its document's first p tokens
+(packed.py). So packed rows, padded rows and cached rows are the same code.
 
 Shapes, here and everywhere: B batch, T time, D model, H query heads, K key/value heads, C latent,
 E experts, F ffn, V vocabulary, P problems, G group, S cache slots, N tokens.
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trivet.model import onednn
-from trivet.model.native import FEW_ROWS, kernels
+from trivet.model.native import FEW_ROWS, Kernels, kernels
 from trivet.model.packed import WORTH_IT, Apart
 from trivet.model.prompt import Prompt
 from trivet.spec import Rope, Yarn
@@ -57,12 +58,17 @@ ALL = slice(None)
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [...,in] -> [...,out] = x weight^T + bias, for a weight [...,in] whose leading dimensions are its rows."""
-    fast = kernels(x, weight)
-    if fast is not None and x.numel() <= FEW_ROWS * x.shape[-1] and weight.is_contiguous():
+    fast = few_rows(x, weight)
+    if fast is not None:
         return fast.linear(x, weight, bias)
     matrix = weight.flatten(0, -2)
     y = onednn.linear(x, matrix, bias)
     return F.linear(x, matrix, bias) if y is None else y
+
+
+def few_rows(x: Tensor, weight: Tensor) -> Kernels | None:
+    """The kernels, where they multiply x [...,in] by this weight faster than a library does."""
+    return kernels(x, weight) if x.numel() <= FEW_ROWS * x.shape[-1] and weight.is_contiguous() else None
 
 
 class Adapter(nn.Module):
@@ -204,6 +210,7 @@ class Layout:
     positions: [B,T]; 0 starts a document, -1 is padding. None means plain rows 0..T-1 and lets
         attention use its fastest causal path.
     span: with caches, how many slots may be read (largest position + 1). None: the training path.
+    given: how the rows are taken apart, where the caller knows.
     """
 
     positions: Tensor | None
@@ -212,6 +219,7 @@ class Layout:
     device: torch.device
     span: int | None = None
     prompt: Prompt | None = None  # what is known of all rows at once, so that no mask is needed
+    given: Apart | None = None
     _rotations: dict[tuple[Rope, Place | None], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _masks: dict[tuple[int | None, torch.dtype], Tensor | None] = field(default_factory=dict)
     _documents: Tensor | None = None
@@ -249,11 +257,30 @@ class Layout:
 
     def apart(self) -> Apart | None:
         """How to lay a packed row's documents out one by one, or None where that saves attention no work."""
-        if self.positions is None or self.cached or self.device.type != "cpu":
-            return None  # on a GPU it would cost a host sync, and fused kernels skip what is masked
+        apart = self._taken_apart()
+        return apart if apart is not None and apart.pairs < WORTH_IT * self.batch * self.length**2 else None
+
+    def along(self, core: Callable[..., Tensor], *parts: Tensor) -> Tensor:
+        """core(layout, *parts) of what goes through a row token by token, each [B,T,...], to [B,T,...].
+
+        Where documents branch it goes through each stack of strands instead, for a state has one future only.
+        """
+        strands = self._taken_apart()
+        if strands is None or not strands.branches:
+            return core(self, *parts)
+        stacks = zip(strands.shapes, *map(strands.split, parts), strict=True)
+        return strands.join(
+            [core(Layout(None, n, length, self.device), *of) for (n, length), *of in stacks], self.batch
+        )
+
+    def _taken_apart(self) -> Apart | None:
+        if self.positions is None or self.cached:
+            return None
         if self._apart is None:
-            self._apart = Apart.of(self.positions)
-        return self._apart if self._apart.pairs < WORTH_IT * self.batch * self.length**2 else None
+            if self.given is None and self.device.type != "cpu":
+                return None  # to look at the positions would cost a host sync
+            self._apart = self.given or Apart.of(self.positions)
+        return self._apart
 
     def _build_mask(self, window: int | None) -> Tensor | None:
         if self.span is not None:
@@ -266,9 +293,20 @@ class Layout:
             return seen.unsqueeze(1)
         if self.positions is None:
             return None if window is None else causal(self.length, window, self.device)
-        doc = self.documents()
-        same = (doc.unsqueeze(-1) == doc.unsqueeze(-2)).unsqueeze(1)
-        return same & causal(self.length, window or self.length, self.device)
+        return self._in_pieces(window).unsqueeze(1)
+
+    def _in_pieces(self, window: int | None) -> Tensor:
+        """[B,T,T]: a token sees what its own piece has up to it, and what of the first piece its branch goes on from."""
+        assert self.positions is not None
+        at, slot = self.positions, torch.arange(self.length, device=self.device)
+        previous = F.pad(at[:, :-1], (1, 0), value=-1)
+        begins = (at >= 0) & ((at <= previous) | (previous < 0))
+        piece, trunk = (torch.where(first, slot, 0).cummax(-1).values for first in (begins, at == 0))
+        start = at.gather(-1, piece)  # [B,T] where the token's piece begins
+        i, j = (..., slice(None), None), (..., None, slice(None))
+        seen = (piece[i] == piece[j]) & (slot[i] >= slot[j])
+        seen |= (trunk[i] == piece[j]) & (at[j] < start[i]) & (at[j] >= 0)
+        return seen if window is None else seen & (at[i] - at[j] < window)
 
 
 def added(seen: Tensor, dtype: torch.dtype) -> Tensor:

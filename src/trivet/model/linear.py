@@ -47,19 +47,27 @@ class LightningAttention(Float32Buffers):
         """x [B,T,D] -> [B,T,D]; one token with a cache is the recurrent form, all else chunked."""
         s = self.spec
         q, k, v = (
-            F.silu(p(x)).unflatten(-1, (s.heads, s.head_dim)).transpose(1, 2).float()
-            for p in (self.q_proj, self.k_proj, self.v_proj)
-        )  # [B,H,T,hd]
+            F.silu(p(x)).unflatten(-1, (s.heads, s.head_dim)).float() for p in (self.q_proj, self.k_proj, self.v_proj)
+        )  # [B,T,H,hd]
         with exact(x):
             if cache is None:
-                o, _ = chunked(q, k, v, self.slopes, layout.documents(), layout.positions, None)
+                o = layout.along(self._rows, q, k, v)
             else:
-                assert layout.positions is not None
-                form = recurrent if x.shape[1] == 1 else chunked
-                o, state = form(q, k, v, self.slopes, layout.documents(), layout.positions, cache.read(len(x)))
-                cache.write(state)
-        o = self.norm(o.transpose(1, 2).flatten(2).to(x.dtype))
+                o = self._rows(layout, q, k, v, cache)
+        o = self.norm(o.flatten(2).to(x.dtype))
         return self.o_proj(torch.sigmoid(self.gate(x)) * o)
+
+    def _rows(self, layout: Layout, q: Tensor, k: Tensor, v: Tensor, cache: StateCache | None = None) -> Tensor:
+        """q, k, v [B,T,H,hd] -> o [B,T,H,hd]."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if cache is None:
+            o, _ = chunked(q, k, v, self.slopes, layout.documents(), layout.positions, None)
+        else:
+            assert layout.positions is not None
+            form = recurrent if q.shape[2] == 1 else chunked
+            o, state = form(q, k, v, self.slopes, layout.documents(), layout.positions, cache.read(len(q)))
+            cache.write(state)
+        return o.transpose(1, 2)
 
 
 def decay_slopes(heads: int, layer: int, layers: int) -> Tensor:

@@ -27,6 +27,7 @@ from trivet.model.ffn import DenseFFN, MoEFFN, Routing
 from trivet.model.layers import Layout, Linear, Norms, RMSNorm, linear
 from trivet.model.linear import LightningAttention
 from trivet.model.mla import LatentAttention
+from trivet.model.packed import Apart
 from trivet.model.prompt import Prompt
 from trivet.spec import DualResidual, LayerSpec, ModelSpec, PostNorm, PreNorm
 
@@ -159,17 +160,20 @@ class Transformer(nn.Module):
         routing: Routing | None = None,
         recompute: bool = False,
         prompt: Prompt | None = None,
+        apart: Apart | None = None,
     ) -> Tensor:
         """tokens [B,T] -> hidden [B,T,D] after the final norm.
 
-        positions [B,T]: 0 starts a document, -1 is padding; None: every row is one document.
+        positions [B,T]: 0 starts a document, -1 is padding; None: every row is one document. In training a fall to
+            p > 0 goes on from the document's first p tokens, see packed.py.
         caches: one a layer, rows 0..B-1 of which are read and written; None: the training path.
         span: with caches, the largest position of this call + 1; None: computed (one host sync).
         recompute: keep for the backward pass only what flows between layers. Not with caches.
         prompt: with caches, that this is one piece of a long prompt in all rows (`prefill.py`).
+        apart: Apart.of(positions), where it is known. On a GPU positions that branch need it.
         """
         layout = self._layout(tokens, positions, caches is not None, span)
-        layout.prompt = prompt
+        layout.prompt, layout.given = prompt, apart
         stream = self._enter(self.embed[tokens])
         for i, layer in enumerate(self.layers):
             cache = caches[i] if caches is not None else None

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from trivet.recipes.kinds.base import Progress as Report
 from trivet.recipes.stages import Stage
+from trivet.train.loop import RunConfig
 
 LINE_EVERY = 10.0  # seconds between lines where there is no terminal
 
@@ -60,9 +61,7 @@ class Live:
 
 
 def _steps(stage: Stage) -> int | None:
-    if stage.kind == "train":
-        return stage.train.steps
-    return stage.rl.steps if stage.kind == "rl" else None
+    return next((settings.steps for _, settings in stage if isinstance(settings, RunConfig)), None)
 
 
 # metric -> how a person reads it; the order is the order shown, absent ones are skipped

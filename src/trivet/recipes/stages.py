@@ -38,7 +38,7 @@ from trivet.recipes.kinds.train import TrainStage
 from trivet.recipes.workers import Tell, side_by_side
 from trivet.spec import Frozen
 from trivet.train.checkpoint import first_difference
-from trivet.train.parallel import first
+from trivet.train.parallel import Ranks, first, ranks_of
 
 Stage = Annotated[
     TrainStage | RLStage | SampleStage | PreferenceStage | DistilStage | CompareStage | ReportStage,
@@ -48,10 +48,8 @@ RUNNERS: dict[str, Callable[[Any, Context], dict[str, Any]]] = {
     "train": train.run, "rl": rl.run, "sample": sample.run, "preference": preference.run, "distil": distil.run, "compare": compare.run, "report": report.run,
 }  # fmt: skip
 
-# Of [train] and [rl]: who computes, what is shown, when it is saved. No bit of the result depends on them.
-FREE = {
-    "shards", "expert_shards", "workers", "ray_address", "server", "recompute", "save_every_seconds", "tensorboard", "page_every",
-}  # fmt: skip
+
+TOGETHER = ("train", "rl")  # what the processes that torchrun started do together
 
 
 class Recipe(Frozen):
@@ -79,18 +77,19 @@ def run_recipe(
 ) -> None:
     """Run all stages of a recipe. `watch(name, stage)` gives each stage its progress display.
 
-    Stages that wait for nothing run side by side as far as the recipe's threads go. How many threads a
+    Stages that wait for nothing run side by side as far as the recipe's threads go, on one process. How many threads a
     stage has is its own setting and not a matter of what runs beside it, so its result isn't either.
     """
     stages = {name: stage.reseeded(recipe.seed) for name, stage in recipe.stages.items()}
-    for wave in waves(stages, recipe.threads if device.type == "cpu" else 0):
+    ranks = ranks_of(1, 1)
+    for wave in waves(stages, recipe.threads if device.type == "cpu" and ranks.world == 1 else 0):
         shows = {name: watch(name, stages[name]) for name in wave}
         contexts = {name: Context(run / name, run, recipe, device, shows[name], say) for name in wave}
         if len(wave) > 1:
             _run_beside({name: stages[name] for name in wave}, contexts)
         else:
             torch.set_num_threads(stages[wave[0]].threads or recipe.threads or torch.get_num_threads())
-            run_stage(stages[wave[0]], contexts[wave[0]])
+            _run_together(stages[wave[0]], contexts[wave[0]], ranks)
 
 
 def waves(stages: Mapping[str, Stage], threads: int) -> list[list[str]]:
@@ -105,6 +104,20 @@ def waves(stages: Mapping[str, Stage], threads: int) -> list[list[str]]:
         left = [name for name in left if name not in wave]
         found.append(wave)
     return found
+
+
+def _run_together(stage: Stage, context: Context, ranks: Ranks) -> None:
+    """On several processes: one of a kind that can't share out its work is the first one's, and the others wait for it."""
+    failed: BaseException | None = None
+    if stage.kind in TOGETHER:
+        run_stage(stage, context)
+    elif ranks.first:
+        try:
+            run_stage(stage, context)
+        except (UserError, KeyboardInterrupt) as e:  # which the others are to hear of
+            failed = e
+    if ranks.any(failed is not None)[0]:  # nobody goes on before all that it wrote is there
+        raise failed or SystemExit  # what went wrong, the first one says
 
 
 def _run_beside(stages: Mapping[str, Stage], contexts: Mapping[str, Context]) -> None:
@@ -130,14 +143,6 @@ def _in_a_worker(stage: Stage, context: Context, tell: Tell) -> list[str]:
     return said
 
 
-def _that_matter(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings without those that may change between two sittings of a run."""
-    return {
-        name: {key: v for key, v in value.items() if key not in FREE} if name in ("train", "rl") else value
-        for name, value in settings.items()
-    }
-
-
 def run_stage(stage: Stage, context: Context) -> dict[str, Any]:
     """Run, resume or skip one stage; returns the summary that done.json holds."""
     out = context.out
@@ -146,7 +151,7 @@ def run_stage(stage: Stage, context: Context) -> dict[str, Any]:
     if asked.exists() and any(p != asked for p in out.iterdir()):  # else it failed before it began
         later = {key: f.default for key, f in type(stage).model_fields.items() if not f.is_required()}
         was_asked = later | json.loads(asked.read_text())  # a setting may be newer than the run
-        changed = first_difference(_that_matter(was_asked), _that_matter(resolved))
+        changed = first_difference(stage.without_free(was_asked), stage.without_free(resolved))
         if changed is not None:
             key, was, now = changed
             raise UserError(

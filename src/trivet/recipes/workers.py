@@ -22,7 +22,7 @@ import torch
 
 from trivet.config import UserError
 from trivet.recipes.memory import keep_freed_memory
-from trivet.train.trainer import Deferred
+from trivet.train.loop import Deferred
 
 R = TypeVar("R")
 Tell = Callable[[Any], None]
@@ -112,7 +112,7 @@ def _stop(crew: list[Worker]) -> BaseException | None:
     for worker in busy:
         while worker.job is not None:
             kind, value = worker.hear()
-            if kind == "raised" and str(value):  # trainer.Interrupted, with the step that it saved
+            if kind == "raised" and str(value):  # loop.Interrupted, with the step that it saved
                 said = said or value
     return said
 

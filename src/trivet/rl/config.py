@@ -8,7 +8,9 @@ from pydantic import Field, model_validator
 
 from trivet.config import UserError
 from trivet.rl.objectives import find_objective
-from trivet.spec import Frozen
+from trivet.spec import Free, Frozen
+from trivet.train.loop import RunConfig
+from trivet.train.offload import Where
 
 
 class ServerConfig(Frozen):
@@ -25,7 +27,7 @@ class ServerConfig(Frozen):
     seconds: float = Field(default=600.0, gt=0, description="that one answer may take")
 
 
-class RLConfig(Frozen):
+class RLConfig(RunConfig):
     """How to learn from rewards. Nothing here says which tasks."""
 
     steps: int = Field(gt=0, description="batches of episodes, each learnt from once it is graded")
@@ -40,13 +42,15 @@ class RLConfig(Frozen):
     lag: int = Field(
         default=0, ge=0, le=1, description="1: a process samples each batch while the one before is learnt from"
     )
-    workers: int = Field(
+    workers: Free[int] = Field(
         default=0, ge=0, description="Ray actors that play the episodes, see workers.py; 0: this process"
     )
-    ray_address: str | None = Field(
+    ray_address: Free[str | None] = Field(
         default=None, description="a running Ray's address; unset: one on this machine only"
     )
-    server: ServerConfig | None = Field(default=None, description="a server that plays the episodes, see remote.py")
+    server: Free[ServerConfig | None] = Field(
+        default=None, description="a server that plays the episodes, see remote.py"
+    )
     temperature: float = Field(default=1.0, gt=0, description="of sampling, and of the probabilities trained")
     top_p: float = Field(default=1.0, gt=0, le=1, description="draw from the likeliest tokens that reach this share")
     top_k: int = Field(default=0, ge=0, description="draw from so many of the likeliest tokens; 0: from all")
@@ -80,9 +84,11 @@ class RLConfig(Frozen):
     )
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled; spares vectors")
     clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient; inf: never clip")
-    rows: int = Field(default=16, gt=0, description="rows of a microbatch of the update")
-    length: int = Field(default=256, gt=0, description="token slots of a row; the longest episode that fits")
-    recompute: bool = Field(default=False, description="activation checkpointing in the update, see TrainConfig")
+    rows: int = Field(default=16, gt=0, description="longest episodes that a microbatch of the update has room for")
+    length: int = Field(default=256, gt=0, description="tokens of the longest episode")
+    share_prompts: bool = Field(default=True, description="compute a group's prompt once in the update, see update.py")
+    recompute: Free[bool] = Field(default=False, description="activation checkpointing in the update, see TrainConfig")
+    offload: Free[Where] = Field(default="none", description="optimizer or gradients in host memory, see TrainConfig")
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="of products, in sampler and update; weights and optimizer stay fp32"
     )
@@ -95,11 +101,9 @@ class RLConfig(Frozen):
         default=0.02, ge=0, le=1, description="stop when more than this share of a batch could not be graded"
     )
     eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only at the end")
-    page_every: int = Field(
+    page_every: Free[int] = Field(
         default=0, ge=0, description="write every n-th step's episodes, for `trivet rollouts`; 0: none"
     )
-    save_every_seconds: float = Field(default=60.0, ge=0, description="time between saved states")
-    tensorboard: bool = Field(default=True, description="write TensorBoard event files too")
 
     @model_validator(mode="after")
     def _objective_exists(self) -> RLConfig:

@@ -14,7 +14,7 @@ Teacher and student share a vocabulary. Only tokens that the writer sampled coun
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,20 +28,19 @@ from trivet.config import UserError
 from trivet.engine import Engine
 from trivet.messages import Sampling
 from trivet.model import Transformer
-from trivet.model.lora import adapter_parameters, fingerprint
+from trivet.model.lora import fingerprint
 from trivet.rl.rollout import Attempt, Job, draw_problems, play
 from trivet.rl.update import Packed, pack
-from trivet.spec import Frozen
 from trivet.tasks import Task
 from trivet.train.data import stable_hash
-from trivet.train.loop import Loop
+from trivet.train.loop import Loop, Progress, RunConfig, identity_of
 from trivet.train.losses import CHUNK
 from trivet.train.optim import Optimizer, clip, schedule
 
 Kind = Literal["reverse", "forward"]
 
 
-class DistilConfig(Frozen):
+class DistilConfig(RunConfig):
     """How a student learns from a teacher."""
 
     steps: int = Field(gt=0, description="batches of answers, each written with fresh weights")
@@ -61,7 +60,6 @@ class DistilConfig(Frozen):
     length: int = Field(default=256, gt=0, description="token slots of a row; the longest answer that fits")
     not_ok_limit: float = Field(default=0.02, ge=0, le=1, description="stop when more could not be generated")
     seed: int = Field(default=0, description="questions and answers are hashes of it")
-    save_every_seconds: float = Field(default=60.0, ge=0, description="time between saved states")
 
 
 def distil(
@@ -72,7 +70,7 @@ def distil(
     config: DistilConfig,
     out: Path,
     *,
-    progress: Callable[[dict[str, Any]], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Train `student` in place -> the last metrics. Resumes from `out`/resume, to the same bits."""
     if student.spec.vocab_size != teacher.spec.vocab_size:
@@ -82,14 +80,12 @@ def distil(
     teacher.eval().requires_grad_(False)
     optimizer = Optimizer(student.optimizer_groups(), config.muon_lr, config.adam_lr)
     identity: dict[str, Any] = {
-        **config.model_dump(mode="json", exclude={"save_every_seconds"}),
-        "spec": student.spec.model_dump(mode="json"),
+        **config.identity(),
+        **identity_of(student),
         "tasks": [[task.name, weight] for task, weight in tasks],
         "teacher": fingerprint(teacher),
     }
-    if adapter_parameters(student):
-        identity["base"] = fingerprint(student)
-    loop = Loop(student, optimizer, config.steps, out, identity, config.save_every_seconds)
+    loop = Loop(student, optimizer, config, out, identity)
 
     def one_step(step: int) -> dict[str, Any]:
         began = time.perf_counter()
@@ -146,8 +142,8 @@ def _watched(attempts: list[Attempt], config: DistilConfig) -> dict[str, float]:
 def _backward(student: Transformer, teacher: Transformer, part: Packed, kind: Kind, tokens: int) -> float:
     """Add the gradient of a microbatch's share of the mean KL a token; that share."""
     with torch.no_grad():
-        goal = teacher(part.tokens, part.positions)[part.wanted]  # [N,D of the teacher]
-    hidden = student(part.tokens, part.positions)[part.wanted]
+        goal = teacher(part.tokens, part.positions, apart=part.apart)[part.wanted]  # [N,D of the teacher]
+    hidden = student(part.tokens, part.positions, apart=part.apart)[part.wanted]
     loss = token_kl(hidden, student.head_weight, goal, teacher.head_weight, kind).sum() / tokens
     loss.backward()
     return float(loss.detach())

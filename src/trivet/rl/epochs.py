@@ -44,7 +44,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -60,6 +60,7 @@ from trivet.rl.reference import Reference
 from trivet.rl.update import Packed, deal, pack
 from trivet.train.losses import token_logprobs
 from trivet.train.optim import Optimizer, clip, schedule
+from trivet.train.parallel import ALONE, Ranks
 
 
 @dataclass
@@ -85,6 +86,12 @@ class Seen:
     scaled: int = 0  # tokens that have a weight
     scale: float = 0.0  # the sum of the weights
     capped: int = 0
+
+    @classmethod
+    def over(cls, shares: Sequence[Seen]) -> Seen:
+        """What all processes saw."""
+        sums = {f.name: sum(getattr(share, f.name) for share in shares) for f in fields(cls)}
+        return cls(**sums | {"worst": max(share.worst for share in shares)})
 
     def correct(self, scale: Tensor, cap: float) -> None:
         self.scaled += len(scale)
@@ -129,7 +136,19 @@ class Sums:
         for key, value in metrics.items():
             old = self.metrics.get(key, torch.zeros_like(value))
             self.metrics[key] = torch.maximum(old, value) if key == "ratio_max_abs_log" else old + value
-        self.loads = [a + b for a, b in zip(self.loads, loads, strict=True)] if self.loads else list(loads)
+        if loads:
+            self.loads = [a + b for a, b in zip(self.loads, loads, strict=True)] if self.loads else list(loads)
+
+    def cpu(self) -> Sums:
+        return Sums({key: value.cpu() for key, value in self.metrics.items()}, [load.cpu() for load in self.loads])
+
+    @classmethod
+    def over(cls, shares: Sequence[Sums]) -> Sums:
+        """Of all processes."""
+        done = cls()
+        for share in shares:
+            done.add(share.metrics, share.loads)
+        return done
 
 
 class Updates:
@@ -137,10 +156,10 @@ class Updates:
 
     def __init__(
         self, model: Transformer, objective: Objective, optimizer: Optimizer, config: RLConfig,
-        device: torch.device | str,
+        device: torch.device | str, ranks: Ranks = ALONE,
     ):  # fmt: skip
         self.model, self.objective, self.optimizer, self.config = model, objective, optimizer, config
-        self.device = torch.device(device)
+        self.device, self.ranks = torch.device(device), ranks
         self.reference = Reference(model) if objective.kl > 0 else None
 
     def learn_from(self, rows: Sequence[Row], advantage: Tensor, step: int) -> dict[str, Any]:
@@ -148,14 +167,14 @@ class Updates:
 
         Raises UserError where a number is not finite, or engine and trainer disagree.
         """
-        c, seen = self.config, Seen()
+        c, mine = self.config, Seen()
         batches = [self.minibatch(rows, which, advantage) for which in deal(rows, c.minibatches)]
         for batch in batches[1:]:
-            self.look(batch, seen)
+            self.look(batch, mine)
         firsts: list[dict[str, float]] = []
         values: dict[str, Any] = {}
         for update in range(c.epochs * len(batches)):
-            done = self.backward(batches[update % len(batches)], seen)
+            done, seen = self.summed(self.backward(batches[update % len(batches)], mine), mine)
             norm = clip(self.optimizer.parameters(), c.clip).item()
             result = {key: value.item() for key, value in done.metrics.items()} | {"grad_norm": norm}
             if not all(math.isfinite(v) for v in (*result.values(), *seen.metrics.values())):
@@ -177,10 +196,19 @@ class Updates:
             values |= {"updates": update + 1, "clip_share": result["clip_share"], "ratio/last_max_abs_log": ratio}
         return values
 
+    def summed(self, done: Sums, seen: Seen) -> tuple[Sums, Seen]:
+        """Add up the processes' shares of a minibatch: its gradients, in place, and what was measured."""
+        self.optimizer.collect_gradients()
+        self.ranks.sum_gradients(self.optimizer.parameters())
+        sums, sights = zip(*self.ranks.gather((done.cpu(), seen)), strict=True)
+        return Sums.over(sums), Seen.over(sights)
+
     def minibatch(self, rows: Sequence[Row], which: Sequence[int], advantage: Tensor) -> Minibatch:
-        c = self.config
-        parts = [part.to(self.device) for part in pack([rows[i] for i in which], c.rows, c.length)]
-        totals = Totals(sum(len(part.sampler) for part in parts), len(which))
+        """This process's share of it, and what it holds as a whole."""
+        c, chosen = self.config, [rows[i] for i in which]
+        parts = pack(chosen, c.rows, c.length, c.share_prompts, self.ranks.rank, self.ranks.world)
+        parts = [part.to(self.device) for part in parts]
+        totals = Totals(sum(sum(row.trained) for row in chosen), len(which))
         return Minibatch(parts, advantage[list(which)].to(self.device), totals)
 
     @torch.no_grad()
@@ -228,7 +256,8 @@ class Updates:
         """log p and entropy [N] of the tokens that the model wrote, under the distribution they were drawn from."""
         c = self.config
         with products(c, self.device):
-            hidden = model(part.tokens, part.positions, routing=routing, recompute=c.recompute)[part.wanted]  # [N,D]
+            hidden = model(part.tokens, part.positions, routing=routing, recompute=c.recompute, apart=part.apart)
+            hidden = hidden[part.wanted]  # [N,D]
         with head_products(c, self.device):
             hidden = hidden.to(model.head_weight.dtype)
             return token_logprobs(hidden, model.head_weight, part.targets, c.temperature, sets=part.sets)

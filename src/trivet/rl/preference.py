@@ -16,7 +16,7 @@ Left out: margins, ties, several raters.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,9 @@ from trivet.hub.checkpoint import load_pair
 from trivet.messages import Message
 from trivet.model import Transformer, save_model
 from trivet.model.io import save_tensors
-from trivet.spec import Frozen
 from trivet.tasks.base import shuffled
 from trivet.train.data import IGNORE, Document, first_fit, lay_out, stable_hash
-from trivet.train.loop import Loop
+from trivet.train.loop import Loop, Progress, RunConfig, identity_of
 from trivet.train.optim import Optimizer, clip, schedule
 
 HEAD, STANDARD = "reward_head.safetensors", "reward.json"
@@ -52,10 +51,9 @@ class Pair:
     rejected: str
 
 
-class PreferenceConfig(Frozen):
+class PreferenceConfig(RunConfig):
     """How to train a reward model."""
 
-    steps: int = Field(gt=0, description="optimizer steps")
     pairs: int = Field(default=32, gt=0, description="pairs of a step")
     length: int = Field(default=256, gt=0, description="token slots of a row; the longest question with its answer")
     muon_lr: float = Field(default=0.003, ge=0, description="learning rate of the matrices")
@@ -63,7 +61,6 @@ class PreferenceConfig(Frozen):
     clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient; inf: never clip")
     held_out: int = Field(default=8, ge=2, description="one pair in so many is held out, by a hash of its question")
     seed: int = Field(default=0, description="order of the pairs")
-    save_every_seconds: float = Field(default=60.0, ge=0, description="time between saved states")
 
 
 class RewardModel(nn.Module):
@@ -116,7 +113,7 @@ def prefer(
     config: PreferenceConfig,
     out: Path,
     *,
-    progress: Callable[[dict[str, Any]], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Train `model` in place -> the last metrics, with the accuracy on held-out pairs. Resumes from `out`/resume."""
     read = [
@@ -128,11 +125,11 @@ def prefer(
         raise UserError(f"{len(pairs)} pairs leave {len(learnt)} to learn from and {len(held)} to hold out: give more.")
     optimizer = Optimizer(model.optimizer_groups(), config.muon_lr, config.adam_lr)
     identity = {
-        **config.model_dump(mode="json", exclude={"save_every_seconds"}),
-        "spec": model.backbone.spec.model_dump(mode="json"),
+        **config.identity(),
+        **identity_of(model.backbone),
         "data": stable_hash(*(t for a, b in learnt for t in (*a, -1, *b, -2))),
     }
-    loop = Loop(model, optimizer, config.steps, out, identity, config.save_every_seconds)
+    loop = Loop(model, optimizer, config, out, identity)
 
     def one_step(step: int) -> dict[str, Any]:
         places = (divmod(step * config.pairs + i, len(learnt)) for i in range(config.pairs))

@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from trivet.model import Routing, Transformer
 from trivet.model.lora import adapter_parameters
+from trivet.model.packed import Apart
 
 
 class Reference:
@@ -29,13 +30,15 @@ class Reference:
         positions: Tensor | None = None,
         routing: Routing | None = None,
         recompute: bool = False,
+        apart: Apart | None = None,
     ) -> Tensor:
         """tokens [B,T] -> hidden [B,T,D], as `Transformer.forward` in training, but not to be differentiated.
 
         So there is nothing to compute again: with `recompute` it is what it is without.
         """
         with torch.no_grad():
-            hidden: Tensor = functional_call(self.model, self.adapters, (tokens, positions), {"routing": routing})
+            given = {"routing": routing, "apart": apart}
+            hidden: Tensor = functional_call(self.model, self.adapters, (tokens, positions), given)
         return hidden
 
     @property

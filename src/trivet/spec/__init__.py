@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from trivet.spec.extend import with_chunks, with_yarn
 from trivet.spec.ffns import FFN, MoE, SwiGLU
-from trivet.spec.frozen import Frozen
+from trivet.spec.frozen import Free, Frozen
 from trivet.spec.mixers import GQA, MLA, GatedDeltaNet, Lightning, Mixer
 from trivet.spec.model import DualResidual, LayerSpec, ModelSpec, PostNorm, PreNorm, Residual
 from trivet.spec.pattern import expand_pattern, write_pattern
@@ -31,6 +31,7 @@ __all__ = [
     "MLA",
     "DualChunks",
     "DualResidual",
+    "Free",
     "Frozen",
     "GatedDeltaNet",
     "LayerSpec",

@@ -47,9 +47,9 @@ class State:
     extra: dict[str, Any]
 
     @torch.no_grad()
-    def apply(self, model: nn.Module, optimizer: Optimizer, parts: Parts | None = None) -> None:
-        """parts: what of each parameter this process holds; None: all of it."""
-        parts = parts or {}
+    def apply(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """On several processes, what each holds of it."""
+        parts = optimizer.parts
         with ExitStack() as open_files:
             stored = Stored(self.path, "model", open_files)
             mine = _changing(model)
@@ -153,13 +153,11 @@ def _save_together(final: Path, model: nn.Module, optimizer: Optimizer, scalars:
         _all_or_none(failed, ranks)
         try:
             for what, tensors in (("model", _changing(model)), ("optimizer", optimizer.state_dict())):
-                _save_parts(
-                    aside / f"{what}-{ranks.rank + 1:05d}-of-{ranks.world:05d}.safetensors",
-                    what,
-                    tensors,
-                    optimizer.parts,
-                    ranks,
-                )
+                if optimizer.parts:
+                    name = f"{what}-{ranks.rank + 1:05d}-of-{ranks.world:05d}.safetensors"
+                    _save_parts(aside / name, what, tensors, optimizer.parts, ranks)
+                elif ranks.first:  # every process holds all of it
+                    save_tensors(tensors, aside / f"{what}.safetensors")
             if ranks.first:
                 (aside / "state.json").write_text(scalars)
         except OSError as e:

@@ -37,10 +37,15 @@ PADDING = -1  # the position of a slot without a token
 
 @dataclass(frozen=True)
 class Document:
-    """Token ids, and for each whether the model should learn to write it."""
+    """Token ids, and for each whether the model should learn to write it.
+
+    shared: so many at the start are those of the last document that shared none, which lies before it in the row. They
+    take no place there again; none of the tokens that follow them directly may be learnt twice.
+    """
 
     ids: list[int]
     mask: list[bool]
+    shared: int = 0
 
 
 class Documents(Protocol):
@@ -276,14 +281,13 @@ def lay_out(rows: Sequence[Sequence[Document]], length: int, state: int = 0) -> 
         places: list[int] = []
         wanted: list[int] = []
         for document in documents:
-            n = len(document.ids) - 1
-            ids += document.ids[:-1]
-            places += range(n)
-            wanted += [
-                token if learn else IGNORE for token, learn in zip(document.ids[1:], document.mask[1:], strict=True)
-            ]
-            count += sum(document.mask[1:])
-            context += n * (n + 1) // 2
+            n, shared = len(document.ids) - 1, document.shared
+            ids += document.ids[shared:-1]
+            places += range(shared, n)
+            own = zip(document.ids[shared + 1 :], document.mask[shared + 1 :], strict=True)
+            wanted += [token if learn else IGNORE for token, learn in own]
+            count += sum(document.mask[shared + 1 :])
+            context += (n * (n + 1) - shared * (shared + 1)) // 2
         filled += len(ids)
         rest = length - len(ids)
         tokens.append(ids + [0] * rest)

@@ -67,6 +67,9 @@ class Optimizer:
         self._muon(self.muon_lr * lr_scale)
         self._adamw(self.adam_lr * lr_scale)
 
+    def collect_gradients(self) -> None:
+        """To be called when gradients are whole, before they are clipped: see offload.py."""
+
     def zero_grad(self) -> None:
         for p in self.parameters():
             p.grad = None
@@ -99,7 +102,7 @@ class Optimizer:
         for stack in stacks(cut[0]):
             params, grads, momenta = ([parts[i] for i in stack] for parts in cut)
             ahead = torch._foreach_lerp(grads, momenta, self.momentum)  # Nesterov
-            torch._foreach_add_(params, orthogonalize(ahead), alpha=-lr)
+            torch._foreach_add_(params, self._orthogonal(ahead), alpha=-lr)
             del ahead
 
     def _cut_matrices(self, parts: list[Part], *tensors: list[Tensor], lr: float) -> None:
@@ -111,8 +114,11 @@ class Optimizer:
             wholes = exchange.there()
             flat = [part for whole in wholes for part in matrices(whole)]
             for stack in stacks(flat):
-                torch._foreach_copy_([flat[i] for i in stack], orthogonalize([flat[i] for i in stack]))
+                torch._foreach_copy_([flat[i] for i in stack], self._orthogonal([flat[i] for i in stack]))
             torch._foreach_add_(params, exchange.back(wholes), alpha=-lr)
+
+    def _orthogonal(self, updates: Sequence[Tensor]) -> list[Tensor]:
+        return orthogonalize(updates)
 
     def _adamw(self, lr: float) -> None:
         names = [name for name, p in self.others.items() if p.grad is not None]

@@ -27,7 +27,8 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,12 @@ from trivet.model.lora import Size, adapters, attach
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+
+T = TypeVar("T")
+PATIENCE = timedelta(
+    days=1
+)  # for a process that plays longer, or does alone what can't be shared out; a dead one is noticed at once
 
 
 @contextmanager
@@ -62,7 +69,7 @@ def processes(device: torch.device) -> Iterator[torch.device]:
         raise UserError(f"Several processes train on cuda or cpu, not on {device.type}: give --device, or start one.")
     try:
         # What is said between steps (stop, save) is said by gloo, so that no GPU has to be waited for.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     except (ValueError, RuntimeError) as e:
         raise UserError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes did not find each other ({str(e).splitlines()[0]}): "
@@ -70,6 +77,13 @@ def processes(device: torch.device) -> Iterator[torch.device]:
         ) from None
     try:
         yield device
+    except RuntimeError as e:
+        if "gloo/transport" not in str(e):  # where it is noticed that a process died
+            raise
+        raise UserError(
+            f"The connection to another of the {os.environ['WORLD_SIZE']} processes was lost: see what that one said last. The same "
+            "command goes on from the last saved state."
+        ) from None
     finally:
         dist.destroy_process_group()
 
@@ -104,6 +118,24 @@ class Ranks:
         flags = torch.tensor(said, dtype=torch.int32)
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         return [bool(flag) for flag in flags.tolist()]
+
+    def gather(self, value: T) -> list[T]:
+        """What each process has, in their order; tensors in it must be on the CPU."""
+        if self.world == 1:
+            return [value]
+        values = [value] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Of parameters that every process holds whole. One that has none anywhere stays without."""
+        if self.world == 1:
+            return
+        there = self.any(*(p.grad is not None for p in parameters))
+        learnt = [p for p, somewhere in zip(parameters, there, strict=True) if somewhere]
+        sums = self.sum([torch.zeros_like(p) if p.grad is None else p.grad for p in learnt])
+        for p, grad in zip(learnt, sums, strict=True):
+            p.grad = grad
 
 
 ALONE = Ranks()

@@ -74,6 +74,17 @@ class Kernels(Protocol):
         """`apply_rope`: x [B,T,heads,hd], cos and sin [B or 1,T,dims/2] in fp32 -> [B,T,heads,hd]."""
         ...
 
+    def swiglu(self, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        """x [...,D], gate_up [2,F,D], down [D,F] -> [...,D]: linear, silu_mul, linear."""
+        ...
+
+    def heads(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, width: int, norm: Tensor | None, eps: float, centred: bool,
+        cos: Tensor, sin: Tensor, interleaved: bool,
+    ) -> Tensor:  # fmt: skip
+        """x [B,T,D] -> [B,T,heads,width]: linear, rms_norm (of a head, or of all if its weight is longer), rotate."""
+        ...
+
 
 def kernels(x: Tensor, *others: Tensor) -> Kernels | None:
     """The kernels, if they can take these tensors and nobody will ask for a gradient; else None."""

@@ -387,6 +387,20 @@ Tensor rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interl
   return y;
 }
 
+// Parts of a layer in one call each: between the kernels Python takes as long as a small kernel does.
+Tensor swiglu(const Tensor& x, const Tensor& gate_up, const Tensor& down) {
+  return linear(silu_mul(linear(x, gate_up, {})), down, {});
+}
+
+Tensor heads(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias, int64_t width, const optional<Tensor>& norm,
+             double eps, bool centred, const Tensor& cos, const Tensor& sin, bool interleaved) {
+  Tensor y = linear(x, weight, bias);
+  if (norm && norm->numel() != width) y = rms_norm(y, *norm, eps, centred);
+  y = y.view({x.size(0), x.size(1), -1, width});
+  if (norm && norm->numel() == width) y = rms_norm(y, *norm, eps, centred);
+  return cos.size(-1) ? rotate(y, cos, sin, interleaved) : y;
+}
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using free = py::call_guard<py::gil_scoped_release>;
   m.def("linear", &linear, free());
@@ -398,4 +412,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("experts", &experts, free());
   m.def("rms_norm", &rms_norm, free());
   m.def("rotate", &rotate, free());
+  m.def("swiglu", &swiglu, free());
+  m.def("heads", &heads, free());
 }

@@ -13,6 +13,7 @@ from trivet.recipes.kinds.base import Context, StageBase, load_start, load_tasks
 from trivet.rl.config import RLConfig
 from trivet.rl.learner import learn
 from trivet.rl.rewards import make_rewards
+from trivet.train.parallel import first
 
 
 class RLStage(StageBase):
@@ -42,5 +43,6 @@ def run(stage: RLStage, context: Context) -> dict[str, Any]:
     summary = learn(
         model, chat, tasks, stage.rl, context.out, rewards=rewards, progress=context.progress, device=context.device
     )
-    save_result(model, chat, context.out, start)
+    if first():
+        save_result(model, chat, context.out, start)
     return summary
