@@ -16,10 +16,12 @@ from test_model_zoo import PATTERNS, noisy, spec_of
 from trivet.agent.loop import run_episode
 from trivet.chat import Chat, tiny_chat
 from trivet.config import UserError
-from trivet.engine import Engine, EngineModel, Request
+from trivet.engine import Engine, EngineModel, Request, filling
+from trivet.engine import rows as tables
 from trivet.engine.sampling import Settings, sample
 from trivet.messages import Completion, Event, Message, Sampling, StopReason
-from trivet.model import Routing, Transformer
+from trivet.model import Routing, Transformer, blocks
+from trivet.model.prompt import Prompt
 from trivet.tools import get_tool
 
 CHAT = tiny_chat()
@@ -116,6 +118,21 @@ def test_a_batch_is_the_plain_loop(name: str) -> None:
         assert differences(Engine(model, CHAT, rows, SLOTS).generate(asked), want) == []
     assert {c.stop for c in want} >= {StopReason.LENGTH} and any(c.budget_hit for c in want)
     assert any(False in c.sampled for c in want) and sum(len(c.tokens) for c in want) > 100
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_long_prompts_go_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of two or three tokens by themselves and in blocks of two queries, shorter ones together."""
+    for module in (tables, filling):
+        monkeypatch.setattr(module, "ALONE", 2)
+    monkeypatch.setattr(filling, "LONGEST_PIECE", 3)
+    monkeypatch.setattr(blocks, "BLOCK", 2)
+    model, asked, pieces = tags_often(PATTERNS[name]), requests(12), list[Prompt]()
+    with torch.inference_mode():
+        want = [plain(model, CHAT, r) for r in asked]
+    monkeypatch.setattr(tables, "Prompt", lambda *how: pieces.append(Prompt(*how)) or pieces[-1])
+    assert differences(Engine(model, CHAT, 5, SLOTS).generate(asked), want) == []
+    assert {p.real[0] for p in pieces} == {2, 3} and {p.start for p in pieces} > {0}
 
 
 def test_another_model_gives_other_tokens() -> None:

@@ -26,6 +26,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "CHUNK", 4)
     monkeypatch.setattr(blocks, "BLOCK", 6)
     monkeypatch.setattr(blocks, "SCORES", 64)
+    monkeypatch.setattr(blocks, "WHOLE", 150)  # the first blocks in one softmax, later ones in several
     monkeypatch.setattr(mla, "EXPANDED", 500)  # a head or two at a time
     monkeypatch.setattr(sparse, "BLOCK", 8)
     monkeypatch.setattr(sparse, "KEYS", 4)
@@ -90,6 +91,21 @@ def test_impossible_prompts_are_refused(wrong: dict[str, object]) -> None:
         prefill(model, tokens_of(2, 8), model.new_caches(2, 8), **wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@torch.no_grad()
+def test_forms_of_a_piece_are_the_definition(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, n, w, generator=g) for h, n, w in ((4, 9, 8), (2, 23, 8), (2, 23, 6)))
+    distance = torch.arange(14, 23)[:, None] - torch.arange(23)
+    unseen = (distance < 0) | (distance >= (window or 23))
+    scores = (q @ k.repeat_interleave(2, 1).mT * 0.4).masked_fill(unseen, -math.inf)
+    want = scores.softmax(-1) @ v.repeat_interleave(2, 1)
+    for whole in (0, 2**20):
+        monkeypatch.setattr(blocks, "WHOLE", whole)
+        assert gap(blocks.attend_blocks(q[None], k, v, 0.4, Reach(window)), want) < 1e-5
+        assert gap(blocks.attend_blocks(q[None], k, v, 0.4, Reach(4)), want) > 1e-3  # the twin
+
+
 # ------------------------------------------------------------------------------------------- memory
 class Largest(TorchDispatchMode):
     """Bytes of the largest tensor that any operation made, those that lie in the caches not counted."""
@@ -121,6 +137,7 @@ def largest(name: str, length: int, pieces: bool) -> int:
 def test_memory_does_not_grow_with_the_prompt(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK", 64)
     monkeypatch.setattr(blocks, "SCORES", 2**14)
+    monkeypatch.setattr(blocks, "WHOLE", 2**14)
     monkeypatch.setattr(linear, "CHUNK", 64)
     short, long = largest(name, 256, True), largest(name, 1024, True)
     head = 4 * 1024 * (MIXERS["mla"].nope_dim + MIXERS["mla"].v_dim + 4) if name == "mla" else 0  # type: ignore[union-attr]

@@ -14,7 +14,7 @@ import torch
 
 from trivet.engine.prefix import PrefixStore
 from trivet.engine.request import Live
-from trivet.engine.rows import Rows
+from trivet.engine.rows import ALONE, Rows
 from trivet.engine.speculate import Drafter
 from trivet.engine.stats import Stats
 from trivet.engine.writing import Writer
@@ -97,7 +97,7 @@ class Filling:
             stop, width = int(first), 0
             while stop < n and left[stop]:
                 wider = max(width, min(int(left[stop]), LONGEST_PIECE))
-                if stop > first and wider * (stop + 1 - first) > room:
+                if stop > first and (wider * (stop + 1 - first) > room or max(left[first], left[stop]) >= ALONE):
                     break
                 stop, width = stop + 1, wider
             part = slice(int(first), stop)

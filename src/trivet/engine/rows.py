@@ -21,9 +21,11 @@ from trivet.engine.request import UNLIMITED, Live, Saved
 from trivet.engine.sampling import Settings
 from trivet.model import Routing, Transformer
 from trivet.model.cache import LayerCache
+from trivet.model.prompt import Kept, Prompt
 
 SPAN_STEP = 16  # cache slots are read in multiples of this
 FIRST_COLUMNS = 256  # slots a sequence to begin with
+ALONE = 512  # tokens from which a row's piece is a call of its own: without a mask, in blocks of queries (blocks.py)
 
 
 class Rows:
@@ -98,9 +100,13 @@ class Rows:
         """Compute the next counts[i] tokens of each row of a part of the batch -> hidden [n,T,D]."""
         start = self.computed[part].copy()
         tokens, positions, span = self.read_on(part, start, counts)
+        prompt = None
+        if len(counts) == 1 and counts[0] >= ALONE and self.device.type == "cpu":
+            span = int(start[0] + counts[0])
+            prompt = Prompt(int(start[0]), (int(counts[0]),), None, Kept())
         caches = self.caches if part.start == 0 else [cache.view(part) for cache in self.caches]
         routing = Routing() if self.experts else None
-        hidden: torch.Tensor = self.model(tokens, positions, caches, span, routing)
+        hidden: torch.Tensor = self.model(tokens, positions, caches, span, routing, prompt=prompt)
         if routing is not None:
             real = np.arange(tokens.shape[1]) < counts[:, None]
             row, column = np.nonzero(real)

@@ -3,10 +3,10 @@
     m' = max(m, max s),   l' = l e^(m - m') + sum e^(s - m'),   a' = a e^(m - m') + e^(s - m') v,   y = a / l
 
 with the scores s = q . k scale of one block of keys after the other (online softmax, arXiv 1805.02867, as
-FlashAttention). The queries are the last T of S positions, as when a piece of a long prompt meets its cache: there
-is no [T,S] mask, keys that no query of a block sees are not read, and working memory does not grow with S.
-What a mixer may add is a `Reach`: how far back a query sees, and that it is rotated differently for
-different keys (`chunks.py`).
+FlashAttention); one softmax where the keys of a block are few enough. The queries are the last T of S positions, as
+when a piece of a long prompt meets its cache: there is no [T,S] mask, keys that no query of a block sees are not
+read, and working memory does not grow with S. What a mixer may add is a `Reach`: how far back a query sees, and that
+it is rotated differently for different keys (`chunks.py`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trivet.model import onednn
 from trivet.spec import DualChunks
 
 BLOCK = 128  # queries of a block
 SCORES = 2**19  # scores worked on at a time: what a core's cache holds
+WHOLE = 2**23  # scores up to which one softmax over all keys of a block is faster than several in turn (docs/LOG.md)
 
 Range = tuple[int, int, int]  # (which of a query's forms, from this key, to before this one)
 
@@ -60,11 +62,11 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, reach: Reach) -
     done = []
     for start, end in reach.blocks(span - length, span, BLOCK):
         rows = slice(start - span + length, end - span + length)
-        most = max(1, SCORES // (group * (end - start)))  # keys at a time
-        pieces = [
-            (form, at, min(at + most, hi)) for form, lo, hi in reach.ranges(start, end) for at in range(lo, hi, most)
-        ]
-        some = max(1, most // end)  # pairs at a time
+        size, ranges = group * (end - start), reach.ranges(start, end)
+        whole = len(ranges) == 1 and size * (ranges[0][2] - ranges[0][1]) <= WHOLE
+        most = max(1, (WHOLE if whole else SCORES) // size)  # keys at a time
+        pieces = [(form, at, min(at + most, hi)) for form, lo, hi in ranges for at in range(lo, hi, most)]
+        some = max(1, SCORES // (size * end))  # pairs at a time
         parts = [
             _block(queries[:, i : i + some, :, rows], keys[i : i + some], values[i : i + some], start, pieces, reach)
             for i in range(0, pairs, some)
@@ -76,27 +78,37 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, reach: Reach) -
 def _block(q: Tensor, k: Tensor, v: Tensor, start: int, pieces: list[Range], reach: Reach) -> Tensor:
     """q [R,P,G,t,hd], the queries at `start` and on, k [P,S,hd], v [P,S,vd] -> [P,G,t,vd]."""
     group, count = q.shape[2:4]
+    if len(pieces) == 1:
+        weights = _scores(q, k, start, pieces[0], reach).softmax(-1)  # summed in fp32, whatever its type
+        return product(weights, v[:, slice(*pieces[0][1:])]).unflatten(1, (group, count))
     # Sums over a long row are kept in fp32, whatever the type of what is summed.
     top = torch.full((len(k), group * count, 1), torch.finfo(torch.float32).min, device=q.device)
     total, mixed = torch.zeros_like(top), top.new_zeros(len(k), group * count, v.shape[-1])
-    for form, lo, hi in pieces:
-        scores = (q[form].flatten(1, 2) @ k[:, lo:hi].mT).float()  # [P,G*t,s]
-        hidden = _hidden(start, start + count, lo, hi, reach, q.device)
-        if hidden is not None:
-            scores = scores.unflatten(1, (group, count)).masked_fill(hidden, float("-inf")).flatten(1, 2)
+    for piece in pieces:
+        scores = _scores(q, k, start, piece, reach).float()
         higher = torch.maximum(top, scores.detach().amax(-1, keepdim=True))  # cancels: no gradient
         weights, kept = (scores - higher).exp(), (top - higher).exp()
         total = total * kept + weights.sum(-1, keepdim=True)
-        mixed = mixed * kept + weights.to(v.dtype) @ v[:, lo:hi]
+        mixed = mixed * kept + product(weights.to(v.dtype), v[:, slice(*piece[1:])])
         top = higher
     return (mixed / total).to(v.dtype).unflatten(1, (group, count))
 
 
-def _hidden(start: int, end: int, lo: int, hi: int, reach: Reach, device: torch.device) -> Tensor | None:
-    """bool [t,s]: which of the keys lo..hi-1 each of the queries start..end-1 must not see; None: it sees all."""
-    within = reach.window is None or lo > end - 1 - reach.window
-    if hi <= start + 1 and within:
-        return None
-    query, key = torch.arange(start, end, device=device)[:, None], torch.arange(lo, hi, device=device)
-    hidden = key > query
-    return hidden if reach.window is None else hidden | (key <= query - reach.window)
+def _scores(q: Tensor, k: Tensor, start: int, piece: Range, reach: Reach) -> Tensor:
+    """[P,G*t,s] of one form of the queries with the keys of a piece, -inf where a key is not seen."""
+    form, lo, hi = piece
+    group, count = q.shape[2:4]
+    scores = product(q[form].flatten(1, 2), k[:, lo:hi].mT)
+    window = start + count if reach.window is None else reach.window
+    first = lo if lo < start + count - window else max(lo, start)  # all queries see the keys before it
+    if first < hi:
+        query, key = torch.arange(start, start + count, device=q.device), torch.arange(first, hi, device=q.device)
+        hidden = (key > query[:, None]) | (key <= query[:, None] - window)
+        scores.unflatten(1, (group, count))[..., first - lo :].masked_fill_(hidden, float("-inf"))
+    return scores
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a [P,n,k] @ b [P,k,m]"""
+    y = onednn.matmul(a, b)
+    return a @ b if y is None else y

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trivet.config import UserError
+from trivet.model import onednn
 from trivet.model.layers import Float32Buffers, Layout, as_autocast, exact, few_rows, linear
 from trivet.model.native import FEW_CHOICES, FEW_ROWS, kernels
 from trivet.spec import MoE, SwiGLU
@@ -235,9 +236,11 @@ def fused(x: Tensor, chosen: Tensor, gates: Tensor, gate_up: Tensor, down: Tenso
     return h.flatten(1) @ down.flatten(0, 1)
 
 
-# On a CPU a bf16 product of a new shape first compiles its kernel, which takes longer than running it, and
-# groups change size at every step: so they are filled up to a multiple, by device and bytes a number.
-GROUP_MULTIPLE = {("cpu", 2): 16}
+# On a CPU a product of a new shape by oneDNN (bf16; fp32 where onednn.py says so) first compiles its kernel, which takes
+# longer than running it, and groups change size at every step: so they are filled up to a multiple, by device and
+# bytes a number.
+FILLED = 16
+GROUP_MULTIPLE = {("cpu", 2): FILLED}
 
 
 def sorted_(x: Tensor, chosen: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -245,12 +248,20 @@ def sorted_(x: Tensor, chosen: Tensor, gates: Tensor, gate_up: Tensor, down: Ten
     x, gate_up, down = as_autocast(x, gate_up, down)
     top_k = chosen.shape[1]
     multiple = GROUP_MULTIPLE.get((x.device.type, x.element_size()), 1)
+    if onednn.applies(x, len(x) * top_k * down[0].numel() // len(down)):
+        multiple = FILLED
     pair, slot, ends = _slots(chosen.flatten(), len(gate_up), multiple)
     rows = cast(Tensor, _Spread.apply(x, pair, slot, top_k))  # [S,D]
-    gate, up = F.grouped_mm(rows, gate_up.flatten(1, 2).transpose(-1, -2), offs=ends).chunk(2, -1)  # [S,F]
-    out = F.grouped_mm(F.silu(gate) * up, down, offs=ends)  # [S,D]
+    gate, up = _grouped(rows, gate_up.flatten(1, 2).mT, ends).chunk(2, -1)  # [S,F]
+    out = _grouped(F.silu(gate) * up, down, ends)  # [S,D]
     out = cast(Tensor, _Gather.apply(out, pair, slot))  # [N*k,D] token by token again
     return (out.unflatten(0, (-1, top_k)) * gates.unsqueeze(-1)).sum(1)
+
+
+def _grouped(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """rows [S,in] in groups that end at ends [E], weight [E,in,out] -> [S,out]"""
+    y = onednn.grouped(rows, weight.mT, ends)
+    return F.grouped_mm(rows, weight, offs=ends) if y is None else y
 
 
 def _slots(expert: Tensor, experts: int, multiple: int) -> tuple[Tensor, Tensor, Tensor]:

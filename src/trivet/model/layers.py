@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trivet.model import onednn
 from trivet.model.native import FEW_ROWS, Kernels, kernels
 from trivet.model.packed import WORTH_IT, Apart
 from trivet.model.prompt import Prompt
@@ -58,7 +59,11 @@ ALL = slice(None)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [...,in] -> [...,out] = x weight^T + bias, for a weight [...,in] whose leading dimensions are its rows."""
     fast = few_rows(x, weight)
-    return F.linear(x, weight.flatten(0, -2), bias) if fast is None else fast.linear(x, weight, bias)
+    if fast is not None:
+        return fast.linear(x, weight, bias)
+    matrix = weight.flatten(0, -2)
+    y = onednn.linear(x, matrix, bias)
+    return F.linear(x, matrix, bias) if y is None else y
 
 
 def few_rows(x: Tensor, weight: Tensor) -> Kernels | None:
@@ -101,7 +106,7 @@ class Linear(nn.Linear):
 
     def some(self, x: Tensor, rows: slice) -> Tensor:
         """Some of the numbers [..., rows] that `forward` computes, for those who can't hold all at once."""
-        y = F.linear(x, self.weight[rows], None if self.bias is None else self.bias[rows])
+        y = linear(x, self.weight[rows], None if self.bias is None else self.bias[rows])
         return y if self.lora is None else y + self.lora(x, rows)
 
     def matrix(self) -> Tensor:

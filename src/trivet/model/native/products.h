@@ -160,22 +160,25 @@ inline Floats tile_dots(const T* const* a, const T* b, int64_t stride, int64_t r
   const T* row[R];
   for (int r = 0; r < R; r++) row[r] = b + (r < rows ? r : rows - 1) * stride;
   Floats total[LANES] = {};
-  // Many rows of a, all of b side by side, so that each load of a serves them all; one alone, row by row, because memory
-  // answers one stream of addresses half as fast again as sixteen.
-  constexpr int G = M == 1 ? 1 : R;
-  for (int first = 0; first < R; first += G) {
-    auto step = [&](int64_t k, int64_t n) {
-      typename Pack<T>::V left[M];
-      for (int m = 0; m < M; m++) left[m] = load(a[m] + k, n);
-      for (int r = first; r < first + G; r++) {
-        auto right = load(row[r] + k, n);
-        for (int m = 0; m < M; m++) total[m * R + r] = multiply_add(total[m * R + r], left[m], right);
-      }
-    };
+  auto along = [&](auto step) {
     int64_t k = 0;
     for (; k + size <= width; k += size) step(k, size);
     if (k < width) step(k, width - k);
-  }
+  };
+  // Many rows of a, all of b side by side, so that each load of a serves them all; one alone, row by row, because memory
+  // answers one stream of addresses half as fast again as sixteen.
+  if constexpr (M == 1)
+    for (int r = 0; r < R; r++)
+      along([&](int64_t k, int64_t n) { total[r] = multiply_add(total[r], load(a[0] + k, n), load(row[r] + k, n)); });
+  else
+    along([&](int64_t k, int64_t n) {
+      typename Pack<T>::V left[M];
+      for (int m = 0; m < M; m++) left[m] = load(a[m] + k, n);
+      for (int r = 0; r < R; r++) {
+        auto right = load(row[r] + k, n);
+        for (int m = 0; m < M; m++) total[m * R + r] = multiply_add(total[m * R + r], left[m], right);
+      }
+    });
   return sums(total);
 }
 

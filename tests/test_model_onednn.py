@@ -1,0 +1,88 @@
+"""Products by oneDNN are the products: alone, in groups, in attention and in whole models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from test_model_zoo import PATTERNS, gap, noisy, spec_of, tokens_of
+from trivet.model import onednn
+from trivet.model.ffn import sorted_
+from trivet.model.prefill import prefill
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN in this PyTorch")
+
+
+@pytest.fixture(autouse=True)
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "LEAST", 1)
+    monkeypatch.setattr(onednn, "faster", lambda: True)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.inference_mode()
+def test_products_are_those_in_double_precision() -> None:
+    x, w, bias = normal(2, 70, 96), normal(40, 96, seed=1), normal(40, seed=2)
+    got = onednn.linear(x, w, bias)
+    want = (x.double() @ w.double().T + bias).float()
+    assert got is not None and gap(got, want) < 1e-5
+    for view in (x[:, :, 1:], x.transpose(0, 1).contiguous().transpose(0, 1)[..., 1:]):
+        moved = onednn.linear(view, w.T.contiguous().T[:, 1:])
+        assert moved is not None and gap(moved, (view.double() @ w.double()[:, 1:].T).float()) < 1e-5
+    w[3, 5] += 1
+    assert gap(got, (x.double() @ w.double().T + bias).float()) > 1e-2  # the twin
+    a, b = normal(3, 9, 17), normal(3, 11, 17, seed=1)
+    for other in (b.mT, b.mT.contiguous()):
+        both = onednn.matmul(a, other)
+        assert both is not None and gap(both, (a.double() @ other.double()).float()) < 1e-5
+
+
+@torch.inference_mode()
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    x, w = normal(300, 96), normal(40, 96, seed=1)
+    whole = onednn.linear(x, w)
+    assert whole is not None
+    for n in (2, 7, 33, 64, 100, 299):
+        some = onednn.linear(x[:n].clone(), w)
+        assert some is not None and torch.equal(some, whole[:n])
+
+
+@torch.inference_mode()
+def test_groups_and_experts() -> None:
+    x, w = normal(20, 16), normal(4, 24, 16, seed=1)
+    got = onednn.grouped(x, w, torch.tensor([5, 5, 12, 20]))
+    group = torch.tensor([0] * 5 + [2] * 7 + [3] * 8)
+    assert got is not None and gap(got, (w[group] @ x.unsqueeze(-1)).squeeze(-1)) < 1e-5
+    chosen = torch.randint(0, 4, (20, 2), generator=torch.Generator().manual_seed(0))
+    gate_up, down = normal(4, 2, 8, 16, seed=2), normal(4, 8, 16, seed=3)
+    ours = sorted_(x, chosen, normal(20, 2), gate_up, down)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onednn, "faster", lambda: False)
+        theirs = sorted_(x, chosen, normal(20, 2), gate_up, down)
+    assert gap(ours, theirs) < 1e-5
+    assert gap(ours, sorted_(x, chosen.flip(0), normal(20, 2), gate_up, down)) > 1e-2  # the twin
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_models_are_the_same(name: str) -> None:
+    model, tokens = noisy(spec_of(PATTERNS[name])), tokens_of(2, 41)  # more rows than the kernels of a step take
+    with torch.no_grad():
+        want = model(tokens)
+    with torch.inference_mode():
+        assert gap(model(tokens), want) < 1e-5
+        caches = model.new_caches(2, 41)
+        done = prefill(model, tokens, caches, 16)
+    assert gap(done.hidden, want[:, -1]) < 1e-5 and gap(done.hidden, want[:, -2]) > 1e-3
+
+
+def test_not_where_a_gradient_may_be_wanted() -> None:
+    x, w = normal(70, 96), normal(40, 96)
+    assert onednn.linear(x, w) is None
+    with torch.no_grad():
+        assert onednn.linear(x, w) is None
+    with torch.inference_mode():
+        assert onednn.linear(x.bfloat16(), w.bfloat16()) is None
