@@ -234,7 +234,7 @@ class Updates:
         totals = Totals(sum(sum(row.trained) for row in chosen), len(which))
         batch = Minibatch(parts, advantage[list(which)].to(self.device), totals)
         if self.optimizer.parts:  # of the first process, which has the most
-            turns = len(pack(chosen, c.rows, c.length, 0, self.ranks.world)) - len(parts)
+            turns = len(pack(chosen, c.rows, c.length, c.share_prompts, 0, self.ranks.world)) - len(parts)
             batch.idle = [part.to(self.device) for part in pack(chosen[:1], 1, c.length)] * turns
         return batch
 
