@@ -75,6 +75,11 @@ def test_ratios_of_a_first_epoch_are_one_to_the_bit_in_bf16_too(recompute: bool,
     assert 0.9 < last["routing/agreement"] <= 1
 
 
+def test_rounding_may_explain_more_in_bf16() -> None:
+    assert config().most_mismatch == 1e-3 < config(precision="bf16").most_mismatch == 1e-2
+    assert config(precision="bf16", mismatch_limit=1e-4).most_mismatch == 1e-4
+
+
 def test_weights_and_what_is_learnt_are_fp32(tmp_path: Path) -> None:
     logged: list[float] = []
     settings = config(steps=24, problems=8, group=8, muon_lr=0.02, adam_lr=0.05, precision="bf16")

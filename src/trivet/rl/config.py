@@ -101,9 +101,10 @@ class RLConfig(RunConfig):
     )
     fp32_head: bool = Field(default=True, description="with bf16: the head's product stays fp32 on both sides")
     seed: int = Field(default=0, description="problems and episodes are hashes of it")
-    mismatch_limit: float = Field(
-        default=1e-3, gt=0, description="stop when KL(engine || trainer) a token exceeds this"
-    )
+    mismatch_limit: float | None = Field(
+        default=None, gt=0,
+        description="stop when KL(engine || trainer) a token exceeds this; unset: 1e-3, with bf16 1e-2 (flipped experts)",
+    )  # fmt: skip
     not_ok_limit: float = Field(
         default=0.02, ge=0, le=1, description="stop when more than this share of a batch could not be graded"
     )
@@ -131,6 +132,10 @@ class RLConfig(RunConfig):
         if self.partial < 1 and (self.workers or self.server is not None):
             raise ValueError("`partial` cuts the batch of one engine here: leave it out, or `workers` and `server`")
         return self
+
+    @property
+    def most_mismatch(self) -> float:
+        return self.mismatch_limit or {"fp32": 1e-3, "bf16": 1e-2}[self.precision]
 
     @property
     def corrects(self) -> bool:

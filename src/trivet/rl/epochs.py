@@ -296,7 +296,7 @@ class Updates:
     def check_first(self, ratio: float, mismatch: float, step: int) -> None:
         if ratio != 0:
             raise RuntimeError(f"step {step}: the ratio of the first update is not 1 (|log| = {ratio}): a bug")
-        if mismatch > self.config.mismatch_limit:
+        if mismatch > self.config.most_mismatch:
             elsewhere = (
                 " See that the server takes each step's weights, and gives log-probabilities at rl.temperature."
                 if self.config.server is not None
@@ -304,6 +304,6 @@ class Updates:
             )
             raise UserError(
                 f"RL stopped at step {step}: engine and trainer disagree, KL = {mismatch:.2e} a token, more "
-                f"than mismatch_limit = {self.config.mismatch_limit:g}. One of the two forward passes is wrong; "
+                f"than mismatch_limit = {self.config.most_mismatch:g}. One of the two forward passes is wrong; "
                 f"if the model runs in a low precision, try fp32 or raise the limit.{elsewhere}"
             )
