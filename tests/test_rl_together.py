@@ -169,18 +169,18 @@ def test_what_stops_one_player_stops_all_with_its_sentence(runs: Path) -> None:
     assert {(runs / "player" / f"ended-{rank}").read_text() for rank in range(2)} == {"this process has no room"}
 
 
-def test_what_cannot_be_divided_is_said(runs: Path) -> None:
-    assert (
-        "rl.shards = 4 needs a multiple of 4 processes; 2 processes were"
-        in (runs / "bad-shards" / "ended-1").read_text()
-    )
-    assert "the reference of grpo's KL term" in (runs / "bad-reference" / "ended-1").read_text()
-
-
-@pytest.mark.parametrize("name", ["lag", "partial", "workers", "server"])
-def test_what_shares_out_otherwise_is_refused(runs: Path, name: str) -> None:
-    for rank in range(2):
-        assert f"rl.{name} is another way" in (runs / name / f"ended-{rank}").read_text()
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("bad-shards", "rl.shards = 4 needs a multiple of 4 processes; 2 processes were started"),
+        ("bad-reference", "the reference of grpo's KL term"),
+        *((name, f"rl.{name} is another way") for name in ("lag", "partial", "workers", "server")),
+    ],
+)
+def test_what_cannot_be_shared_out_is_said(runs: Path, name: str, sentence: str) -> None:
+    """By who comes to it first; the other may only see that one leave."""
+    assert any(sentence in ended.read_text() for ended in (runs / name).glob("ended-*"))
+    assert not list((runs / name).glob("whole-*"))
 
 
 RECIPE = """

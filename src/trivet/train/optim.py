@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from trivet.config import UserError
-from trivet.train.parallel import Exchange, Part, Parts, local
+from trivet.train.exchange import Exchange
+from trivet.train.parallel import Part, Parts, local
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 # Numbers that Newton-Schulz works on at a time: enough to fill a GPU; a CPU is faster in memory that it has just used.
