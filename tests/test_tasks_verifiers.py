@@ -100,6 +100,9 @@ def test_what_fails_is_no_0(kind: str, text: str, status: str, detail: str) -> N
         ("mixture", "it is a group: give each"),
         ("own_rollout", "it has a rollout of its own"),
         ("what", "can't be loaded: .*'what'"),
+        ("picture", "a message holds image_url, and only text"),
+        ("no_question", "row 0 of train does not end with a user's message"),
+        ("own_tools", "rows with tools of their own"),
     ],
 )
 def test_what_does_not_fit_is_refused(kind: str, why: str) -> None:
