@@ -62,6 +62,21 @@ def test_a_users_tags_are_characters() -> None:
     assert "</think><end>hi" in BPE.decode(rendered.ids)
 
 
+@pytest.mark.parametrize("chat", [TINY, BPE])
+def test_a_turn_that_was_written_behind_a_shut_block_keeps_it(chat: Chat) -> None:
+    """Or what is trained on after several turns would not be what was seen; a call and its result are such turns, too."""
+    asked = Message("user", "12+3=")
+    before = chat.render([asked], thinking=False, generate=True).ids
+    tokens = tuple(chat.encode_text("15"))
+    done = Completion("15", tokens, (True,), (0.0,), (0.0,), StopReason.END, tuple(before))
+    for later in (Message("user", "1+1="), Message("tool", "15")):
+        for thinking in (False, True):
+            ids = chat.render([asked, Message("assistant", "15", completion=done), later], (), thinking, True).ids
+            assert ids[: len(before) + len(tokens)] == [*before, *tokens]
+    text, _ = written(chat, [asked, Message("assistant", "15"), asked], thinking=False, generate=True)
+    assert text.count("<think></think>") == 1  # the twin: only the turn to come, where nobody says how it was written
+
+
 def test_a_models_ids_are_spliced_and_never_tokenised_again() -> None:
     ids = tuple(BPE.encode_text("hel") + BPE.encode_text("lo") + [BPE.end_id])  # not how "hello" is tokenised
     assert list(ids[:-1]) != BPE.encode_text("hello")

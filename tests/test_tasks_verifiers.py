@@ -20,10 +20,12 @@ from test_rl_learner import config
 from test_rl_learner import make as make_model
 from trivet.agent.loop import Episode, ModelStep, ReplyStep, ToolStep, row, run_episode
 from trivet.config import UserError
+from trivet.disk import Journal
 from trivet.engine import Engine
 from trivet.measure.evaluate import evaluate
 from trivet.messages import Message, Sampling, Score, StopReason, ToolCall
 from trivet.rl.learner import learn
+from trivet.rl.page import LINES
 from trivet.rl.rollout import Job, grade
 from trivet.rl.rollout import play as play_jobs
 from trivet.tasks import make_task, verifiers
@@ -98,6 +100,9 @@ def test_what_fails_is_no_0(kind: str, text: str, status: str, detail: str) -> N
         ("mixture", "it is a group: give each"),
         ("own_rollout", "it has a rollout of its own"),
         ("what", "can't be loaded: .*'what'"),
+        ("picture", "a message holds image_url, and only text"),
+        ("no_question", "row 0 of train does not end with a user's message"),
+        ("own_tools", "rows with tools of their own"),
     ],
 )
 def test_what_does_not_fit_is_refused(kind: str, why: str) -> None:
@@ -240,6 +245,28 @@ def test_a_world_that_fails_is_a_status_and_no_score_of_what_was_said(task: Veri
     assert episode.stop == StopReason.ERROR and score(task, episode) == Score(0.0, "timeout", detail="too slow")
     cut = play(task, "<think></think>1")
     assert cut.stop == StopReason.LENGTH and score(task, cut).value == 1.0  # the twin: an episode that was only cut
+
+
+@pytest.mark.parametrize("partial", [1.0, 0.5])
+def test_rl_learns_from_several_turns(partial: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every episode is told to go on once; what is said then is in its row, and nobody's to learn. Carried, too."""
+
+    def twice(function: str, what: str, *given: Any, seconds: float) -> Any:
+        said = [turn["content"] for turn in given[-1] if turn["role"] == "assistant"] if what != "describe" else []
+        if what == "reply":
+            return [plain(Message("user", "9+9="), False)] if len(said) == 1 else []
+        if what == "grade":
+            text = "".join(said)
+            return Score(sum(c.isdigit() for c in text) / max(len(text), 6))
+        return game(function, what, *given, seconds=seconds)
+
+    monkeypatch.setattr(verifiers, "call_apart", twice)
+    asked = config(steps=3, length=100, max_tokens=60, thinking="off", page_every=1, partial=partial)
+    told = learn(make_model(noise=0.05), CHAT, [(make_task({"name": "verifiers:game"}), 1.0)], asked, tmp_path)
+    assert told["not_ok"] == 0 and told["ratio/max_abs_log"] == 0 and told["mismatch/kl"] < 1e-6
+    lines = Journal(tmp_path / LINES).read()
+    replies = ["".join(p for p, k in zip(line["text"], line["kinds"], strict=True) if k == "t") for line in lines]
+    assert sum("9+9=" in reply for reply in replies) > 3 and "" in replies  # some ended before they came to it
 
 
 def test_settings_of_the_task(task: Verifiers) -> None:

@@ -79,6 +79,14 @@ RUBRICS: dict[str, list[tuple[Any, float]]] = {
 }
 
 
+PICTURE = {"type": "image_url", "image_url": {"url": "data:,"}}
+ODD: dict[str, dict[str, Any]] = {  # rows that can't be played
+    "picture": {"prompt": [{"role": "user", "content": [PICTURE]}], "answer": "1"},
+    "no_question": {"prompt": [*SHOT], "answer": "1"},
+    "own_tools": {"question": "?", "answer": "1", "info": {"tool_defs": [{"name": "f"}]}},
+}
+
+
 class Hidden(vf.MultiTurnEnv):
     """Guess the number; the environment says whether it is more or less."""
 
@@ -132,6 +140,9 @@ def load_environment(kind: str = "single", rows: int = 40) -> vf.Environment:
         return vf.ToolEnv(tools=[add], max_turns=3, rubric=rubric, parser=parser, **data)
     if kind == "mixture":
         return vf.EnvGroup([load_environment(), load_environment()])
+    if kind in ODD:
+        rubric = vf.Rubric(funcs=[right], parser=parser)
+        return vf.SingleTurnEnv(dataset=Dataset.from_list([ODD[kind]] * 9), rubric=rubric, parser=parser)
     if kind == "one_set":
         rubric = vf.Rubric(funcs=[right], parser=parser)
         return vf.SingleTurnEnv(dataset=data["dataset"], rubric=rubric, parser=parser)

@@ -219,13 +219,15 @@ class Chat:
         """What the template sees of one message."""
         m = messages[i]
         after_tool = i > 0 and messages[i - 1].role == "tool"
+        began = m.completion.prompt_tokens[-2:] if m.completion is not None else ()  # what it was written behind stays
+        shut = began == (self.think_open_id, self.think_close_id) or (not thinking and i == len(messages) - 1)
         return {
             "role": m.role,
             "content": _typed(m.content),
             "reasoning": None if m.reasoning is None else _typed(m.reasoning),
             "opens": m.reasoning is not None and not after_tool,
             "closes": m.reasoning is not None and not m.tool_calls,
-            "shut": m.role == "assistant" and not thinking and i == len(messages) - 1,
+            "shut": m.role == "assistant" and shut,
             "cut": m.cut,
             "calls": [_typed(self._call_text(call)) for call in m.tool_calls],
             "spliced": f"{SPLICE}{i}{SPLICED}" if m.completion is not None else "",

@@ -1,15 +1,15 @@
 """Environments written for the `verifiers` package: `verifiers:NAME` (pip install 'trivet[verifiers]').
 
     [[tasks]]
-    name = "verifiers:wiki-search"       # what vf.load_environment is given
-    args = { max_turns = 5 }             # and its arguments
-    path = "./environments/wiki_search"  # where its module is, unless it is installed
+    name = "verifiers:my-env"        # what vf.load_environment is given
+    args = { max_turns = 5 }         # and its arguments
+    path = "./environments/my_env"   # where its module is, unless it is installed
 
 Rows of its data set are the problems, its system prompt and examples the turns before the question, its tools what the
 model may call. What it says to each turn, when an episode is over and what it is worth comes from the environment's
 own code, which runs apart (`verifiers_worker.py`): it may hang or die, and it sets signal handlers of its own. The sum
-of its rubric's weighted functions is the score, each function's value a part. A function that raises is an error and one
-that takes too long a timeout, where `verifiers` itself would say 0.
+of its rubric's weighted functions is the score, each function's value a part. A function that raises is an error (`verifiers`
+itself makes it a 0), and one that takes too long a timeout.
 
 Nothing is kept between calls: the environment is shown the whole transcript each time, and plays it again. So it must
 say the same again, and one whose replies are slow gets slow with the square of its turns. What can't be had that way is
