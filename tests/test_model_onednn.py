@@ -10,6 +10,7 @@ from test_model_zoo import PATTERNS, gap, noisy, spec_of, tokens_of
 from trivet.model import onednn
 from trivet.model.ffn import sorted_
 from trivet.model.prefill import prefill
+from trivet.train.losses import head_loss, token_logprobs
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN in this PyTorch")
 
@@ -29,10 +30,10 @@ def test_products_are_those_in_double_precision() -> None:
     x, w, bias = normal(2, 70, 96), normal(40, 96, seed=1), normal(40, seed=2)
     got = onednn.linear(x, w, bias)
     want = (x.double() @ w.double().T + bias).float()
-    assert got is not None and gap(got, want) < 1e-5
+    assert gap(got, want) < 1e-5
     for view in (x[:, :, 1:], x.transpose(0, 1).contiguous().transpose(0, 1)[..., 1:]):
         moved = onednn.linear(view, w.T.contiguous().T[:, 1:])
-        assert moved is not None and gap(moved, (view.double() @ w.double()[:, 1:].T).float()) < 1e-5
+        assert gap(moved, (view.double() @ w.double()[:, 1:].T).float()) < 1e-5
     w[3, 5] += 1
     assert gap(got, (x.double() @ w.double().T + bias).float()) > 1e-2  # the twin
     a, b = normal(3, 9, 17), normal(3, 11, 17, seed=1)
@@ -45,10 +46,9 @@ def test_products_are_those_in_double_precision() -> None:
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     x, w = normal(300, 96), normal(40, 96, seed=1)
     whole = onednn.linear(x, w)
-    assert whole is not None
     for n in (2, 7, 33, 64, 100, 299):
         some = onednn.linear(x[:n].clone(), w)
-        assert some is not None and torch.equal(some, whole[:n])
+        assert torch.equal(some, whole[:n])
 
 
 @torch.inference_mode()
@@ -68,9 +68,10 @@ def test_groups_and_experts() -> None:
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_models_are_the_same(name: str) -> None:
+def test_models_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = noisy(spec_of(PATTERNS[name])), tokens_of(2, 41)  # more rows than the kernels of a step take
-    with torch.no_grad():
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(onednn, "faster", lambda: False)
         want = model(tokens)
     with torch.inference_mode():
         assert gap(model(tokens), want) < 1e-5
@@ -79,10 +80,55 @@ def test_models_are_the_same(name: str) -> None:
     assert gap(done.hidden, want[:, -1]) < 1e-5 and gap(done.hidden, want[:, -2]) > 1e-3
 
 
-def test_not_where_a_gradient_may_be_wanted() -> None:
+@pytest.mark.parametrize("name", PATTERNS)
+def test_training_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss, every gradient, and the forward pass to the bit with and without one: the ratio of RL's first update."""
+    model, tokens = noisy(spec_of(PATTERNS[name]), std=0.1), tokens_of(2, 41)
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        hidden = model(tokens)
+        with torch.no_grad():
+            assert torch.equal(model(tokens), hidden)
+        loss = head_loss(hidden[:, :-1].flatten(0, 1), model.head_weight, tokens[:, 1:].flatten())[0]
+        logp, entropy = token_logprobs(hidden[:, :-1].flatten(0, 1), model.head_weight, tokens[:, 1:].flatten())
+        (loss + (logp.sin() + entropy).sum()).backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    ours = gradients()
+    monkeypatch.setattr(onednn, "faster", lambda: False)
+    theirs = gradients()
+    scale = max(float(g.abs().max()) for g in theirs.values())
+    assert ours.keys() == theirs.keys()
+    assert max(float((ours[n] - theirs[n]).abs().max()) for n in ours) < 1e-5 * scale
+    monkeypatch.setattr(onednn, "faster", lambda: True)
+    monkeypatch.setattr(onednn, "times", lambda a, b: 1.001 * (a @ b.T))  # the twin: in the gradients of products
+    twin = gradients()
+    assert max(float((twin[n] - theirs[n]).abs().max()) for n in ours) > 1e-4 * scale
+
+
+def test_what_may_not_be_had() -> None:
+    """Weights that are frozen, a bias, rows with gaps in them."""
+    x, w, bias = normal(7, 10, 24)[..., 4:], normal(12, 20), normal(12)
+    for frozen in (0, 1, 2):
+        parts = [t.clone().requires_grad_(i != frozen) for i, t in enumerate((x, w, bias))]
+        got = onednn.linear(*parts)
+        want = torch.nn.functional.linear(*parts)
+        assert gap(got, want) < 1e-5
+        for a, b in zip(
+            *(torch.autograd.grad(y.sin().sum(), [t for t in parts if t.requires_grad]) for y in (got, want)),
+            strict=True,
+        ):
+            assert gap(a, b) < 1e-5
+
+
+def test_only_fp32_of_plain_tensors() -> None:
     x, w = normal(70, 96), normal(40, 96)
-    assert onednn.linear(x, w) is None
-    with torch.no_grad():
-        assert onednn.linear(x, w) is None
+    assert onednn.applies(x, 1) and not onednn.applies(x.bfloat16(), 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not onednn.applies(x, 1)
+    assert onednn.linear(x.bfloat16(), w.bfloat16()).dtype == torch.bfloat16
+    ends = torch.tensor([70])
+    assert onednn.grouped(x, w[None], ends) is None  # experts only where there is no gradient
     with torch.inference_mode():
-        assert onednn.linear(x.bfloat16(), w.bfloat16()) is None
+        assert onednn.grouped(x, w[None], ends) is not None

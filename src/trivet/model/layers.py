@@ -61,9 +61,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     fast = few_rows(x, weight)
     if fast is not None:
         return fast.linear(x, weight, bias)
-    matrix = weight.flatten(0, -2)
-    y = onednn.linear(x, matrix, bias)
-    return F.linear(x, matrix, bias) if y is None else y
+    return onednn.linear(x, weight.flatten(0, -2), bias)
 
 
 def few_rows(x: Tensor, weight: Tensor) -> Kernels | None:

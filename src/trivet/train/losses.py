@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trivet.model.layers import as_autocast
+from trivet.model.onednn import times
 from trivet.train.data import IGNORE
 
 CHUNK = 2**22  # numbers in one chunk of logits: 16 MB in fp32
@@ -88,7 +89,7 @@ def token_logprobs(
 
 def _log_softmax(h: Tensor, weight: Tensor, temperature: float, sets: Sets | None, part: slice) -> Tensor:
     """log p [n,V] of the tokens in `part`, h [n,D]."""
-    z = (h @ weight.T).float().div_(temperature)
+    z = times(h, weight).float().div_(temperature)
     if sets is not None:
         z.masked_fill_(sets.outside(part, len(weight)), NEVER)
     return z.log_softmax(-1)
@@ -103,14 +104,14 @@ class _HeadLoss(torch.autograd.Function):
             d_weight = torch.zeros_like(weight, dtype=torch.float32)  # bf16 would lose small chunks
         for part in _chunks(len(targets), weight, chunk):
             h, y = hidden[part], targets[part, None]  # [n, D], [n, 1]
-            logp = (h @ weight.T).float().log_softmax(-1)  # [n, V]
+            logp = times(h, weight).float().log_softmax(-1)  # [n, V]
             total -= logp.gather(-1, y).sum()
             if wanted:
                 dz = logp.exp_()  # p
                 dz.scatter_add_(-1, y, dz.new_full((1, 1), -1.0).expand_as(y))
                 dz = dz.to(h.dtype)
-                torch.mm(dz, weight, out=d_hidden[part])
-                d_weight += dz.T @ h
+                d_hidden[part] = times(dz, weight.T)
+                d_weight += times(dz.T, h.T)
                 del dz
             del logp  # or the next chunk is made beside this one
         if wanted:
@@ -155,8 +156,8 @@ class _TokenLogprobs(torch.autograd.Function):
             dz = logp.add_(mean).mul_(b).add_(a).mul_(p).neg_()  # -p (a + b (log p + H)): two chunks live, as above
             del logp, p
             dz = dz.scatter_add_(-1, y, a).div_(ctx.temperature).to(h.dtype)
-            torch.mm(dz, weight, out=d_hidden[part])
-            d_weight += dz.T @ h
+            d_hidden[part] = times(dz, weight.T)
+            d_weight += times(dz.T, h.T)
             del dz
         return d_hidden, d_weight.to(weight.dtype), None, None, None, None
 
