@@ -42,6 +42,14 @@ def test_products_are_those_in_double_precision() -> None:
         assert both is not None and gap(both, (a.double() @ other.double()).float()) < 1e-5
 
 
+def test_what_has_gaps_is_copied_and_nothing_else() -> None:
+    x = normal(6, 8)
+    for whole in (x, x.T, x[2:5], x.T[:, 2:5]):
+        assert onednn.dense(whole) is whole
+    for gaps in (x[:, :5], x[::2], x.T[:3]):
+        assert onednn.dense(gaps).is_contiguous() and torch.equal(onednn.dense(gaps), gaps)
+
+
 @torch.inference_mode()
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     x, w = normal(300, 96), normal(40, 96, seed=1)

@@ -59,6 +59,8 @@ def attend_blocks(q: Tensor, k: Tensor, v: Tensor, scale: float, reach: Reach) -
     group, pairs = heads // kv_heads, batch * kv_heads
     queries = (q * scale).reshape(len(q), pairs, group, length, -1)
     keys, values = k.flatten(0, 1), v.flatten(0, 1)
+    if onednn.applies_in_inference(q, onednn.LEAST):  # once, not for every block: MLA's heads lie side by side
+        keys, values = (x if x.stride(1) == x.shape[2] else x.contiguous() for x in (keys, values))
     done = []
     for start, end in reach.blocks(span - length, span, BLOCK):
         rows = slice(start - span + length, end - span + length)

@@ -64,7 +64,7 @@ def times(a: Tensor, b: Tensor) -> Tensor:
 
 def matmul(a: Tensor, b: Tensor) -> Tensor | None:
     """a [P,n,k], b [P,k,m] in any strides -> [P,n,m]; None where it does not apply, outside of inference mode too."""
-    if not torch.is_inference_mode_enabled() or not applies(a, a.shape[1] * b.shape[1] * b.shape[2]):
+    if not applies_in_inference(a, a.shape[1] * b.shape[1] * b.shape[2]):
         return None
     return torch.stack([_product(x, y.T, None) for x, y in zip(a, b, strict=True)])
 
@@ -74,22 +74,22 @@ def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor | None:
 
     None as above: in training groups are of other sizes at every step, and kernels would be compiled all the time.
     """
-    if not groups_apply(x, len(x) * weight[0].numel() // len(weight)):
+    if not applies_in_inference(x, len(x) * weight[0].numel() // len(weight)):
         return None
     borders = [0, *ends.tolist()]
     groups = zip(borders, borders[1:], weight, strict=False)
     return torch.cat([_product(x[i:j], w, None) for i, j, w in groups if i < j])
 
 
-def groups_apply(x: Tensor, multiplications: int) -> bool:
-    return torch.is_inference_mode_enabled() and applies(x, multiplications)
-
-
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not weight.is_contiguous() and not weight.T.is_contiguous():
-        weight = weight.contiguous()  # with gaps in its rows oneDNN falls back to a loop, a thousand times as slow
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), dense(weight), bias, "none", [], "")
     return y
+
+
+def dense(x: Tensor) -> Tensor:
+    """x [n,m] with no gaps between its rows, or its columns: others go to a kernel a hundred times as slow."""
+    rows, columns = x.shape
+    return x if x.stride() in ((columns, 1), (1, rows)) else x.contiguous()
 
 
 def applies(x: Tensor, multiplications: int) -> bool:
@@ -98,3 +98,7 @@ def applies(x: Tensor, multiplications: int) -> bool:
         multiplications >= LEAST and x.is_cpu and x.dtype == torch.float32 and type(x) in (Tensor, torch.nn.Parameter)
         and not torch.is_autocast_enabled("cpu") and faster()
     )  # fmt: skip
+
+
+def applies_in_inference(x: Tensor, multiplications: int) -> bool:
+    return torch.is_inference_mode_enabled() and applies(x, multiplications)
