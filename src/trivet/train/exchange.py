@@ -13,7 +13,7 @@ from trivet.train.parallel import Part
 
 
 class Exchange:
-    """Matrices that are cut through, whole for a while: each process gets every so-manieth of a list and works on it.
+    """Matrices that are cut through, whole for a while: each of n processes gets every n-th of a list and works on it.
 
     One all-to-all there and one back, so that each matrix is worked on once; replicas each do the same work.
     """
