@@ -248,7 +248,7 @@ def sorted_(x: Tensor, chosen: Tensor, gates: Tensor, gate_up: Tensor, down: Ten
     x, gate_up, down = as_autocast(x, gate_up, down)
     top_k = chosen.shape[1]
     multiple = GROUP_MULTIPLE.get((x.device.type, x.element_size()), 1)
-    if onednn.applies(x, len(x) * top_k * down[0].numel() // len(down)):
+    if onednn.applies_in_inference(x, len(x) * top_k * down[0].numel() // len(down)):
         multiple = FILLED
     pair, slot, ends = _slots(chosen.flatten(), len(gate_up), multiple)
     rows = cast(Tensor, _Spread.apply(x, pair, slot, top_k))  # [S,D]
@@ -260,7 +260,8 @@ def sorted_(x: Tensor, chosen: Tensor, gates: Tensor, gate_up: Tensor, down: Ten
 
 def _grouped(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """rows [S,in] in groups that end at ends [E], weight [E,in,out] -> [S,out]"""
-    return onednn.grouped(rows, weight.mT, ends)
+    y = onednn.grouped(rows, weight.mT, ends)
+    return F.grouped_mm(rows, weight, offs=ends) if y is None else y
 
 
 def _slots(expert: Tensor, experts: int, multiple: int) -> tuple[Tensor, Tensor, Tensor]:

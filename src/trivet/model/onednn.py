@@ -58,8 +58,11 @@ class _Linear(torch.autograd.Function):
 
 def times(a: Tensor, b: Tensor) -> Tensor:
     """a [...,n,k], b [m,k], both in any strides -> a b^T [...,n,m], where nobody wants a gradient."""
-    same = a.dtype == b.dtype and applies(a, a.numel() * len(b))
-    return _product(a, b, None) if same else a @ b.T
+    if a.dtype != b.dtype or not applies(a, a.numel() * len(b)):
+        return a @ b.T
+    if a.ndim == 2 and not a.is_contiguous() and a.numel() > b.numel():  # the first one is copied then: the smaller one
+        return _product(b, a, None).T
+    return _product(a, b, None)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor | None:
@@ -69,43 +72,18 @@ def matmul(a: Tensor, b: Tensor) -> Tensor | None:
     return torch.stack([_product(x, y.T, None) for x, y in zip(a, b, strict=True)])
 
 
-def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Rows x [S,in] in groups that end at ends [E], each with its own weight [E,out,in], in any strides -> [S,out]."""
-    if weight.dtype != x.dtype or not applies(x, len(x) * weight[0].numel() // len(weight)):
-        return F.grouped_mm(x, weight.mT, offs=ends)
-    if torch.is_grad_enabled():
-        return cast(Tensor, _Grouped.apply(x, weight, ends))
-    return _groups(x, weight, ends)
+def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor | None:
+    """Rows x [S,in] in groups that end at ends [E], each with its own weight [E,out,in], in any strides -> [S,out].
 
-
-class _Grouped(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, ends)
-        return _groups(x, weight, ends)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, ends = ctx.saved_tensors
-        d_x = _groups(grad, weight.mT, ends) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return d_x, None, None
-        d_weight = torch.zeros_like(weight)
-        for d, (i, j) in zip(d_weight, _borders(ends), strict=True):
-            if i < j:
-                d.copy_(_product(grad[i:j].T, x[i:j].T, None))
-        return d_x, d_weight, None
-
-
-def _groups(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    groups = zip(_borders(ends), weight, strict=True)
-    return torch.cat([_product(x[i:j], w, None) for (i, j), w in groups if i < j])
-
-
-def _borders(ends: Tensor) -> list[tuple[int, int]]:
-    last = ends.tolist()
-    return list(zip([0, *last], last, strict=False))
+    None as above: in training groups change size at every step, and each size is one more compiled kernel to keep.
+    """
+    if not applies_in_inference(x, len(x) * weight[0].numel() // len(weight)):
+        return None
+    y, borders = x.new_empty(len(x), weight.shape[1]), [0, *ends.tolist()]
+    for i, j, w in zip(borders, borders[1:], weight, strict=False):
+        if i < j:
+            y[i:j] = _product(x[i:j], w, None)
+    return y
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
