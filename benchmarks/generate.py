@@ -21,7 +21,7 @@ from torch import Tensor
 
 from common import DTYPES, arguments, machine, peer, take_turns, write
 from common import peers as processes
-from llama import Llama, missing
+from llama import Llama, present
 from peers import twin
 from trivet.model import Transformer
 from vllm_side import Vllm
@@ -135,9 +135,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64)
     args = parser.parse_args()
     facts = machine(args)
-    if "llama.cpp" in args.peers and missing():
-        print(missing())
-        args.peers = args.peers.replace("llama.cpp", "")
+    args.peers = present(args.peers)
     results = [
         result for shape in args.shape.split(",") for dtype in args.dtypes.split(",")
         for result in measure(shape, dtype, args, facts)

@@ -26,10 +26,13 @@ MATRICES = {
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def missing() -> str:
-    """Why there is no such peer here, or nothing."""
+def present(peers: str) -> str:
+    """The peers that were asked for, without llama.cpp where it can't be had; it says why."""
     absent = [name for name in ("llama_cpp", "gguf") if find_spec(name) is None]
-    return f"llama.cpp is left out: {' and '.join(absent)} can't be imported." if absent else ""
+    if "llama.cpp" not in peers or not absent:
+        return peers
+    print(f"llama.cpp is left out: {' and '.join(absent)} can't be imported.")
+    return peers.replace("llama.cpp", "")
 
 
 def _tensors(theirs: Any) -> dict[str, Tensor]:

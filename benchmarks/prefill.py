@@ -21,7 +21,7 @@ from torch import Tensor
 from common import DTYPES, arguments, machine, peer, take_turns, write
 from common import peers as processes
 from generate import LLAMA_SHAPES, MOE_SHAPES, TOLERANCE
-from llama import Llama, missing
+from llama import Llama, present
 from peers import twin
 from trivet.engine.filling import LONGEST_PIECE
 from trivet.model import Transformer
@@ -84,9 +84,7 @@ def main() -> None:
     parser.add_argument("--vllm", help="the Python of an environment with vLLM, which is then a peer, too")
     args = parser.parse_args()
     facts = machine(args)
-    if "llama.cpp" in args.peers and missing():
-        print(missing())
-        args.peers = args.peers.replace("llama.cpp", "")
+    args.peers = present(args.peers)
     results = [
         measure(shape, dtype, int(length), args)
         for shape in args.shape.split(",") for dtype in args.dtypes.split(",") for length in args.lengths.split(",")

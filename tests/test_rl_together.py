@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from job_runs import logged, run_jobs
 from rl_runs import CASES, model_of
 from trivet.disk import Journal
 from trivet.hub.checkpoint import load_pair
@@ -58,23 +59,11 @@ JOBS: list[Job] = [
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    program = Path(__file__).with_name("rl_runs.py")
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", str(program), str(folder), json.dumps(JOBS)],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
+    return run_jobs("rl_runs.py", JOBS, tmp_path_factory.mktemp("runs"))
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in Journal(folder / "metrics.jsonl").read()]
+    return logged(folder, TIMES)
 
 
 def episodes(folder: Path, steps: int) -> list[Any]:

@@ -314,7 +314,10 @@ def plan(
         "tokens": tokens, "mfu": mfu, "price": price,
     }  # fmt: skip
     ask = validate(given, Question, "trivet plan")
-    measure_models(models, ask, device, as_json) if measure else plan_models(models, ask, as_json, plot)
+    if measure:
+        measure_models(models, ask, device, as_json)
+    else:
+        plan_models(models, ask, as_json, plot)
 
 
 # ------------------------------------------------------------------------------------------- helpers

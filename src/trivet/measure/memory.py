@@ -192,7 +192,7 @@ def training_memory(spec: ModelSpec, s: Setting) -> Training:
         gradients = gradients if s.offload == "optimizer" else 0
     table, kept = spec.vocab_size * spec.d_model, forward_kept(spec, s)
     head = (1 + spec.mtp) * s.wide * (s.tokens * spec.d_model + table)  # the gradients that the losses keep
-    loss, muon, busy = _loss(spec, s), _muon(found, s), update_bytes(found, numbers - matrix, s)
+    loss, busy = _loss(spec, s), update_bytes(found, 0 if s.leaves else numbers - matrix, s)
     still = weights + copies + optimizer + (gradients if s.accumulate > 1 else 0)
     tables = (1 if spec.tie_embeddings else 2) * table
     still += FP32 * tables if _apart(s) else 0  # gathered
@@ -200,7 +200,7 @@ def training_memory(spec: ModelSpec, s: Setting) -> Training:
     moments = Moments(
         round(still + kept + head + loss),
         round(still + after_backward(spec, s, kept, head)),
-        round(weights + (FP32 * muon if s.leaves else copies + gradients + optimizer + busy)),
+        round(weights + busy + (0 if s.leaves else copies + gradients + optimizer)),
     )
     return Training(round(weights), round(gradients), round(optimizer), round(kept + head), round(host), moments)
 

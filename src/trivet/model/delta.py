@@ -24,6 +24,8 @@ it leaves the state as it is. State, decay and all products here are fp32.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -58,11 +60,7 @@ class GatedDelta(nn.Module):
         inputs = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), -1).float()  # [B,T,W]
         beta, rate = self.beta_proj(x).float(), self.decay_proj(x).float()  # [B,T,H]
         with exact(x):
-            if cache is None:
-                o = layout.along(self._rows, inputs, beta, rate)
-            else:
-                o = self._rows(layout, inputs, beta, rate, cache)
-            o = self.norm(o)
+            o = self.norm(layout.along(partial(self._rows, cache=cache), inputs, beta, rate))
         return self.o_proj(o.flatten(2).to(x.dtype) * F.silu(self.gate(x)))
 
     def _rows(

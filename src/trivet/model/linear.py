@@ -16,6 +16,8 @@ carried only into the document that it came from. The state is always fp32.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,10 +52,7 @@ class LightningAttention(Float32Buffers):
             F.silu(p(x)).unflatten(-1, (s.heads, s.head_dim)).float() for p in (self.q_proj, self.k_proj, self.v_proj)
         )  # [B,T,H,hd]
         with exact(x):
-            if cache is None:
-                o = layout.along(self._rows, q, k, v)
-            else:
-                o = self._rows(layout, q, k, v, cache)
+            o = layout.along(partial(self._rows, cache=cache), q, k, v)
         o = self.norm(o.flatten(2).to(x.dtype))
         return self.o_proj(torch.sigmoid(self.gate(x)) * o)
 

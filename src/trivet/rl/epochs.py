@@ -59,7 +59,7 @@ from trivet.rl.loss import Totals, policy_loss
 from trivet.rl.objectives import Objective
 from trivet.rl.precision import head_products, products
 from trivet.rl.reference import Reference
-from trivet.rl.update import Packed, deal, pack
+from trivet.rl.update import Packed, deal, pack, turns
 from trivet.train.losses import token_logprobs
 from trivet.train.optim import Optimizer, clip, schedule
 from trivet.train.parallel import ALONE, Ranks
@@ -234,8 +234,8 @@ class Updates:
         totals = Totals(sum(sum(row.trained) for row in chosen), len(which))
         batch = Minibatch(parts, advantage[list(which)].to(self.device), totals)
         if self.optimizer.parts:  # of the first process, which has the most
-            turns = len(pack(chosen, c.rows, c.length, c.share_prompts, 0, self.ranks.world)) - len(parts)
-            batch.idle = [part.to(self.device) for part in pack(chosen[:1], 1, c.length)] * turns
+            idle = turns(chosen, c.rows, c.length, c.share_prompts, self.ranks.world) - len(parts)
+            batch.idle = [part.to(self.device) for part in pack(chosen[:1], 1, c.length)] * idle
         return batch
 
     @torch.no_grad()

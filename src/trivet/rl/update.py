@@ -14,6 +14,7 @@ back, so that they are of a size. Advantages are known by then, so a group need 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -78,6 +79,24 @@ def pack(
     share: rows with the same prompt share it; then lines are fewer and longer, so that one takes a whole group.
     """
     ends = [_end(row) for row in rows]
+    filled, at_once = _fill(rows, ends, lines, length, share, world)
+    mine = filled[rank::world]
+    return [_microbatch(rows, ends, mine[start : start + at_once]) for start in range(0, len(mine), at_once)]
+
+
+def turns(rows: Sequence[Row], lines: int, length: int, share: bool, world: int) -> int:
+    """How many microbatches the first of `world` processes has, which has the most."""
+    filled, at_once = _fill(rows, [_end(row) for row in rows], lines, length, share, world)
+    return math.ceil(len(filled[::world]) / at_once)
+
+
+Line = Sequence[tuple[int, int]]  # rows, and how many tokens of each are already there
+
+
+def _fill(
+    rows: Sequence[Row], ends: Sequence[int], lines: int, length: int, share: bool, world: int
+) -> tuple[list[Line], int]:
+    """All lines, the longest first, and how many of them a microbatch takes."""
     if rows and max(ends) > length + 1:
         raise UserError(f"An episode has {max(ends)} tokens, more than a row takes ({length + 1}): raise rl.length.")
     shared = [row.trained.index(True) - 1 if share else 0 for row in rows]
@@ -85,18 +104,8 @@ def pack(
     families = _families(rows, ends, shared, max(room, length))
     needs = [sum(ends[i] - 1 - before for i, before in family) for family in families]
     longest = max([length, *needs])
-    lines, filled = lines * length // longest, first_fit(needs, longest)[rank::world]
-    parts = [filled[start : start + lines] for start in range(0, len(filled), lines)]
-    return [
-        _microbatch(
-            rows, ends, [[member for f in line for member in families[f]] for line in part],
-            max(sum(needs[f] for f in line) for line in part),
-        )
-        for part in parts
-    ]  # fmt: skip
-
-
-Line = Sequence[tuple[int, int]]  # rows, and how many tokens of each are already there
+    filled: list[Line] = [[member for f in line for member in families[f]] for line in first_fit(needs, longest)]
+    return filled, lines * length // longest
 
 
 def _families(rows: Sequence[Row], ends: Sequence[int], shared: Sequence[int], length: int) -> list[Line]:
@@ -125,7 +134,8 @@ def _end(row: Row) -> int:
     return end
 
 
-def _microbatch(rows: Sequence[Row], ends: Sequence[int], lines: Sequence[Line], length: int) -> Packed:
+def _microbatch(rows: Sequence[Row], ends: Sequence[int], lines: Sequence[Line]) -> Packed:
+    length = max(sum(ends[i] - 1 - before for i, before in line) for line in lines)
     batch = lay_out(
         [
             [Document(list(rows[i].ids[: ends[i]]), list(rows[i].trained[: ends[i]]), before) for i, before in line]
